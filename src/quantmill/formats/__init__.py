@@ -1,0 +1,1 @@
+"""The bytes of quantised linears: pack, unpack, shapes and config keys. Nothing else knows a bit layout."""
