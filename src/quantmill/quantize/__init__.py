@@ -1,0 +1,1 @@
+"""The making lane: calibration text to solved, packed model folders."""
