@@ -1,0 +1,31 @@
+"""The column loop: codes for a block, each column's error fed into the ones after it. The slow twin, any device.
+
+Feedback in LDLQ form (equal to GPTQ's, integer for integer): t_k = b_k + sum_{i<k} e_i A_ik, where A is
+unit upper triangular, b holds the feedback from earlier blocks already, and e_i is the error against the
+target itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def round_columns_torch(
+    target: Tensor, carried: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, max_code: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of one block of b columns.
+
+    target (N, b) what the block should be, carried (N, b) feedback from earlier blocks, feedback (b, b)
+    this block's part of A, scale and zero (N, b) the grid of every column; all float32 -> codes (N, b)
+    uint8, errors target - dequantised (N, b) float32.
+    """
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    errors = torch.zeros_like(target)
+    for k in range(target.shape[1]):
+        t = target[:, k] + carried[:, k] + errors[:, :k] @ feedback[:k, k]
+        s, z = scale[:, k], zero[:, k]
+        q = torch.clamp(torch.round(t / s) + z, 0, max_code)
+        codes[:, k] = q.to(torch.uint8)
+        errors[:, k] = target[:, k] - s * (q - z)
+    return codes, errors

@@ -1,0 +1,31 @@
+"""The second moments of a linear's inputs, H = mean of x x^T, summed in float32."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+SLABS = 4  # H is symmetric: four slabs of columns do 10/16 of the multiplications
+
+
+class Hessian:
+    """Sums x x^T over token batches; `mean` mirrors and divides."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.sum = torch.zeros(features, features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x (..., K): any number of tokens, any float dtype."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        edges = [round(i * rows.shape[1] / SLABS) for i in range(SLABS + 1)]
+        for low, high in pairwise(edges):
+            self.sum[low:high, :high].addmm_(rows[:, low:high].T, rows[:, :high])
+        self.tokens += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """H (K, K) float32, exactly symmetric."""
+        lower = self.sum.tril()
+        return (lower + lower.tril(-1).T) / max(1, self.tokens)

@@ -1,0 +1,134 @@
+"""What a run will need and make, before it starts. Works from `config.json` alone.
+
+Sizes are those of the tensors in the file. Memory adds up what the pipeline holds at its worst moment. Time
+is operations over a matmul rate measured here in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantmill.architectures import Dimensions, LinearShape, architecture_of, dimensions, linear_shapes
+from quantmill.formats.gptq import packed_bytes
+from quantmill.quantize.job import rows_share
+from quantmill.types import Json, QuantConfig, Variant
+
+BASE_RAM = 700 << 20  # Python, torch, numba and their compiled code
+SHARD = 4 << 30  # weights are written a shard at a time
+HEADER = 96  # bytes a tensor costs in a safetensors header, about
+
+
+@dataclass(frozen=True, slots=True)
+class VariantPlan:
+    """Prediction for one variant: bytes, and seconds of a run that makes them all."""
+
+    branch: str
+    config: QuantConfig
+    size_bytes: int
+    bits_per_weight: float  # of the quantised linears, scales and zeros counted
+    peak_vram_bytes: int  # to quantise on a GPU
+    peak_ram_bytes: int  # to quantise on a CPU
+    seconds: float
+
+    def to_json(self) -> Json:
+        return {
+            "branch": self.branch,
+            "bits": self.config.bits,
+            "group_size": self.config.group_size,
+            "desc_act": self.config.desc_act,
+            "sym": self.config.sym,
+            "damp_percent": self.config.damp_percent,
+            "size_bytes": self.size_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def plan(
+    config: Json, variants: Sequence[Variant], *, samples: int, seqlen: int, flops_per_second: float
+) -> list[VariantPlan]:
+    """Predictions for every variant of one run. Raises UnsupportedModel or BadCheckpoint for a bad config."""
+    dims, shapes = dimensions(config), linear_shapes(config)
+    out = []
+    for v in variants:
+        tokens = round(samples * rows_share(v.config)) * seqlen
+        out.append(
+            VariantPlan(
+                branch=v.branch,
+                config=v.config,
+                size_bytes=size_bytes(config, v.config),
+                bits_per_weight=bits_per_weight(config, v.config),
+                peak_vram_bytes=working_bytes(dims, shapes, tokens, len(variants)),
+                peak_ram_bytes=BASE_RAM + working_bytes(dims, shapes, tokens, len(variants)),
+                seconds=operations(dims, shapes, tokens, seqlen) / flops_per_second,
+            )
+        )
+    return out
+
+
+def size_bytes(config: Json, quant: QuantConfig) -> int:
+    """Bytes of the weight files: packed linears, everything else in float16."""
+    dims, shapes, row = dimensions(config), linear_shapes(config), architecture_of(config)
+    packed = sum(packed_bytes(quant, s.in_features, s.out_features, bias=s.bias) for s in shapes.values())
+    embeddings = dims.vocab * dims.hidden * (1 if dims.tied else 2)
+    rest = embeddings + dims.hidden + dims.layers * row.norms_per_block(dims)
+    tensors = dims.layers * (4 * len(shapes) + 2) + 3
+    return dims.layers * packed + 2 * rest + HEADER * tensors
+
+
+def bits_per_weight(config: Json, quant: QuantConfig) -> float:
+    """Stored bits over quantised weights: codes, scales and zeros."""
+    shapes = linear_shapes(config).values()
+    bits = sum(
+        s.out_features * (s.in_features * quant.bits + quant.groups(s.in_features) * (16 + quant.bits))
+        for s in shapes
+    )
+    return bits / sum(s.out_features * s.in_features for s in shapes)
+
+
+def working_bytes(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int, variants: int) -> int:
+    """The worst moment: every variant's hidden states, a block, one variant's waiting lanes, the widest Hessian."""
+    streams = 4 * tokens * dims.hidden * variants
+    block = 6 * sum(s.in_features * s.out_features for s in shapes.values())
+    widest = max(s.in_features for s in shapes.values())
+    lanes = 4 * tokens * (dims.hidden + widest)
+    return streams + block + lanes + 40 * widest * widest
+
+
+def operations(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int, seqlen: int) -> float:
+    """Operations of calibrating one variant: forward, Hessians (10/16 of X^T X), factors and solving."""
+    weights = sum(s.in_features * s.out_features for s in shapes.values())
+    inputs = {
+        "o": dims.heads * dims.head_dim,
+        "down": dims.intermediate,
+        "qkv": dims.hidden,
+        "gate_up": dims.hidden,
+    }
+    forward = 2.0 * tokens * weights + 2.0 * tokens * seqlen * dims.heads * dims.head_dim
+    hessians = sum(2.0 * tokens * k * k * 10 / 16 for k in inputs.values())
+    solving = sum(6.0 * s.out_features * s.in_features * s.in_features for s in shapes.values())
+    return dims.layers * (forward + hessians + solving + sum(2.0 * k**3 for k in inputs.values()))
+
+
+def measure_flops() -> float:
+    """Matrix multiplication rate of this CPU in operations per second, single precision, in about 0.2 s."""
+    x = np.random.default_rng(0).random((1024, 1024), dtype=np.float32)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        x @ x
+        best = min(best, time.perf_counter() - began)
+    return float(2 * 1024**3 / best)
+
+
+def quantised_weights(config: Json) -> int:
+    """How many weights of a model GPTQ quantises."""
+    return dimensions(config).layers * sum(
+        s.in_features * s.out_features for s in linear_shapes(config).values()
+    )
