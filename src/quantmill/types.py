@@ -51,9 +51,13 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise BadRequest(f"bits is {self.bits}; GPTQ files hold {', '.join(map(str, BITS))}: use --bits 4")
+            raise BadRequest(
+                f"bits is {self.bits}; GPTQ files hold {', '.join(map(str, BITS))}: use --bits 4"
+            )
         if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
-            raise BadRequest(f"group size {self.group_size} is not -1 or a multiple of 8: use --group-size 128")
+            raise BadRequest(
+                f"group size {self.group_size} is not -1 or a multiple of 8: use --group-size 128"
+            )
         if not 0 < self.damp_percent < 1:
             raise BadRequest(f"damp is {self.damp_percent}; it is a fraction between 0 and 1: use --damp 0.1")
 

@@ -91,6 +91,7 @@ def find_weights(folder: Path, quant: Json) -> tuple[list[Path], list[str]]:
 def _name_shards(folder: Path, shards: list[tuple[Path, list[str], int]]) -> None:
     """Give complete shards their final names, the index last."""
     stale = {*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX}
+    stale |= {*folder.glob(".*.safetensors.partial")} - {file for file, _, _ in shards}  # of a killed save
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [shard_name(i, count) for i in range(count)]
     for (file, _, _), name in zip(shards, names, strict=True):

@@ -34,7 +34,9 @@ class Gate:
     def arrive(self, module: str, x: Tensor) -> None:
         group = self.group_of[module]
         if group.name not in self.passed:
-            getcurrent().parent.switch((group, x))
+            conductor = getcurrent().parent
+            assert conductor is not None, "a tap was called outside of a lane"
+            conductor.switch((group, x))
 
 
 class Tap(nn.Module):

@@ -1,0 +1,170 @@
+"""`quantmill quantize`: source and data set -> plan -> pipeline -> folders, with progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from quantmill.architectures import module_names
+from quantmill.commands.machine import pick_device, set_threads
+from quantmill.console import Advance, Console, gigabytes, progress, seconds
+from quantmill.errors import BadRequest
+from quantmill.files import read_json
+from quantmill.quantize import calibration
+from quantmill.quantize.job import BlockFinished, Event, Finished, Job, ModuleSolved
+from quantmill.quantize.pipeline import peak_ram_bytes, quantize
+from quantmill.quantize.plan import size_bytes
+from quantmill.runtime.load import load_model, load_tokenizer
+from quantmill.sources import resolve
+from quantmill.types import CalibrationSet, Json, Variant
+
+PRESETS = ("fast",)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for."""
+
+    source: str
+    out: Path
+    variants: tuple[Variant, ...]
+    dataset: str
+    seqlen: int
+    samples: int
+    seed: int
+    preset: str
+    resume: bool
+    device: str
+    threads: int | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What came out."""
+
+    variants: tuple[Finished, ...]
+    seconds: float
+    peak_ram_bytes: int
+
+    def to_json(self) -> Json:
+        variants = [
+            {
+                "branch": f.branch,
+                "folder": str(f.folder),
+                "size_bytes": f.size_bytes,
+                "modules": len(f.modules),
+                "fallbacks": list(f.fallbacks),
+            }
+            for f in self.variants
+        ]
+        return {
+            "variants": variants,
+            "seconds": round(self.seconds, 2),
+            "peak_ram_bytes": self.peak_ram_bytes,
+        }
+
+
+def make(request: Request, console: Console) -> Made:
+    """Quantise every variant of the request. Raises what the stages raise: a UserError says what to mend."""
+    began = time.perf_counter()
+    if request.preset not in PRESETS:
+        raise BadRequest(f"there is no preset {request.preset!r}: use --preset {' or '.join(PRESETS)}")
+    set_threads(request.threads)
+    device = pick_device(request.device)
+    folder = resolve(request.source, notify=console.note)
+    config = read_json(folder / "config.json")
+    _refuse_quantised(request.source, config)
+    data = calibrate(request, folder, config, console)
+    for v in request.variants:
+        console.note(f"{v.branch}: will be {gigabytes(size_bytes(config, v.config))}")
+    job = Job(
+        source=folder,
+        source_name=request.source,
+        out=request.out,
+        variants=request.variants,
+        calibration=data,
+        preset=request.preset,
+        device=device,
+        resume=request.resume,
+        command=request.command,
+    )
+    total = len(module_names(config)) * len(request.variants)
+    with progress("solving", total) as advance:
+        finished = quantize(job, _Follower(advance, total // len(request.variants)))
+    made = Made(tuple(finished), time.perf_counter() - began, peak_ram_bytes())
+    summarise(made, console)
+    return made
+
+
+def calibrate(request: Request, folder: Path, config: Json, console: Console) -> CalibrationSet:
+    """The token blocks; says so when there are fewer than asked for."""
+    positions = config.get("max_position_embeddings")
+    seqlen = min(request.seqlen, positions) if isinstance(positions, int) else request.seqlen
+    if seqlen < request.seqlen:
+        console.note(f"the model takes {positions} tokens: blocks are cut to that length")
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
+    model = load_model(folder, device=request.device) if request.dataset == "self" else None
+    data = calibration.build(
+        request.dataset, tokenizer, seqlen=seqlen, samples=request.samples, seed=request.seed, model=model
+    )
+    del model  # thousands of tokens have been written; the pipeline loads block by block
+    drawn = f"{len(data.blocks)} blocks of {seqlen} tokens from {data.name} ({data.documents} documents"
+    dropped = f", {data.dropped} not usable)" if data.dropped else ")"
+    few = f"; {request.samples} were asked for" if len(data.blocks) < request.samples else ""
+    console.note(f"calibrating on {drawn}{dropped}{few}")
+    return data
+
+
+def _refuse_quantised(source: str, config: Json) -> None:
+    if config.get("quantization_config"):
+        raise BadRequest(f"{source} is quantised already: start from the unquantised model")
+
+
+class _Follower:
+    """Turns pipeline events into progress."""
+
+    def __init__(self, advance: Advance, modules: int) -> None:
+        self.advance, self.modules = advance, modules
+        self.blocks: dict[str, int] = {}
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case ModuleSolved(branch, report):
+                warning = f"  {report.fallback}" if report.fallback else ""
+                short = report.name.removeprefix("model.layers.")
+                self.advance(1, f"{branch} {short} loss {report.loss:.2e}{warning}")
+            case BlockFinished(branch, index, resumed=True):
+                self.advance(7, f"{branch} block {index} was done")
+            case _:
+                pass
+
+
+def summarise(made: Made, console: Console) -> None:
+    """What was made, where it is, and what is not as asked."""
+    console.say()
+    rows = [
+        (f.branch, gigabytes(f.size_bytes), _mean_loss(f), str(len(f.fallbacks)), str(f.folder))
+        for f in made.variants
+    ]
+    console.table(("branch", "size", "mean loss", "fallbacks", "folder"), rows)
+    for line in _fallback_lines(made.variants):
+        console.say(line)
+    console.say(f"\n{seconds(made.seconds)}, at most {gigabytes(made.peak_ram_bytes)} of memory")
+    example = made.variants[0].folder
+    console.say(
+        f"next: quantmill eval {example} --against SOURCE, or quantmill generate {example} --prompt 'Hello'"
+    )
+
+
+def _mean_loss(finished: Finished) -> str:
+    losses = [m.loss for m in finished.modules]
+    return f"{sum(losses) / max(1, len(losses)):.2e}"
+
+
+def _fallback_lines(finished: Sequence[Finished]) -> list[str]:
+    return [f"not as asked: {f.branch} {line}" for f in finished for line in f.fallbacks]

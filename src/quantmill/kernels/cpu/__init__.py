@@ -1,0 +1,1 @@
+"""GPTQ on a processor through numba: no C compiler, no torch inside."""

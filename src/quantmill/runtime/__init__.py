@@ -1,0 +1,1 @@
+"""Running a checkpoint: the quantised linear, loading a folder, generating text, talking."""

