@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gguf_files import add_tensors, write_gguf
+from quantmill import gguf_source
 from quantmill.errors import BadCheckpoint, UnsupportedModel
 from quantmill.gguf_source import convert, read_header
 from tiny_models import byte_level_tokenizer, tiny_model
@@ -277,3 +278,13 @@ def test_the_small_real_model_answers(smol: Path):
     )
     answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_the_licence_comes_along(tmp_path: Path):
+    card = gguf_source._card(
+        {"general.license": "apache-2.0", "general.name": "Small", "general.organization": "Them"}
+    )
+    assert card is not None
+    assert card.startswith("---\nlicense: apache-2.0\n---\n")
+    assert "- organization: Them\n" in card
+    assert gguf_source._card({"general.architecture": "llama"}) is None

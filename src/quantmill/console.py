@@ -58,7 +58,7 @@ def progress(label: str, total: int) -> Iterator[Advance]:
     """Yields advance(steps, remark): a bar on a terminal, a line every few seconds elsewhere."""
     if sys.stderr.isatty():
         with _bar() as bar:
-            task = bar.add_task(label, total=total, remark="")
+            task = bar.add_task(label, total=total, remark="", rate="")
             yield lambda steps, remark: _move(bar, task, steps, remark)
     else:
         yield _Plain(label, total)
@@ -71,22 +71,22 @@ def _bar() -> Progress:
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
-    left = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    right = (
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[remark]}"),
+    done = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
     )
-    return Progress(*left, *right, console=RichConsole(stderr=True))
+    ahead = (TimeRemainingColumn(), TextColumn("left  {task.fields[remark]}"))
+    return Progress(*done, *ahead, console=RichConsole(stderr=True))
 
 
 def _move(bar: Progress, task: TaskID, steps: int, remark: str) -> None:
-    bar.update(task, advance=steps, remark=remark)
+    speed = bar.tasks[task].speed
+    bar.update(task, advance=steps, remark=remark, rate=f"{speed:.1f}/s" if speed else "")
 
 
 class _Plain:

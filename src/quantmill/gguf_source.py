@@ -168,6 +168,26 @@ def convert(path: Path, out: Path, notify: Notify) -> None:
     model.save_pretrained(out, max_shard_size="4GB")
     config.save_pretrained(out)
     _save_tokenizer(tokenizer, out)
+    if card := _card(header.keys):
+        (out / "README.md").write_text(card, encoding="utf-8")
+
+
+# What a GGUF file says of its origin, and under which key a model card says it.
+_CARD_KEYS = {"general.license": "license", "general.license.link": "license_link"}
+
+
+def _card(keys: Json) -> str | None:
+    """A model card with the facts that the file carries along: licence, name, maker. None where there are none."""
+    import yaml
+
+    facts = {ours: keys[theirs] for theirs, ours in _CARD_KEYS.items() if isinstance(keys.get(theirs), str)}
+    named = {"name": keys.get("general.name"), "organization": keys.get("general.organization")}
+    told = [f"- {what}: {value}" for what, value in named.items() if isinstance(value, str) and value]
+    if not facts and not told:
+        return None
+    return (
+        f"---\n{yaml.safe_dump(facts)}---\n\nFrom the metadata of the GGUF file:\n\n" + "\n".join(told) + "\n"
+    )
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -45,7 +45,7 @@ class QuantConfig:
     group_size: int = 128  # -1: one scale per output row
     act_order: ActOrder = ActOrder.STATIC
     sym: bool = True
-    damp_percent: float = 0.1  # a fraction, as in every GPTQ config: 0.1 adds 10 % of the mean diagonal
+    damp_percent: float = 0.05  # a fraction, as in every GPTQ config: 0.05 adds 5 % of the mean diagonal
     true_sequential: bool = True
     checkpoint_format: CheckpointFormat | None = None  # None: v1 where symmetric, v2 where not
 

@@ -85,7 +85,10 @@ def test_autogptq_of_2023() -> None:
         "model_file_base_name": "model",
     }
     config = config_from_json(old)
-    assert config == QuantConfig(act_order=ActOrder.GROUPED, checkpoint_format=CheckpointFormat.GPTQ)
+    expected = QuantConfig(
+        act_order=ActOrder.GROUPED, damp_percent=0.1, checkpoint_format=CheckpointFormat.GPTQ
+    )
+    assert config == expected
 
 
 def test_autogptq_with_static_groups_and_marlin_key() -> None:
@@ -127,8 +130,8 @@ def test_gptqmodel_keeps_the_solver_in_meta() -> None:
         ({"group_size": None}, "group_size", -1),
         ({"format": "gptq_v2"}, "zero_format", CheckpointFormat.GPTQ_V2),
         ({"format": "gptq_v2", "checkpoint_format": "gptq"}, "zero_format", CheckpointFormat.GPTQ),
-        ({"damp_percent": 10}, "damp_percent", 0.1),
-        ({"damp_percent": "auto"}, "damp_percent", 0.1),
+        ({"damp_percent": 10}, "damp_percent", QuantConfig().damp_percent),
+        ({"damp_percent": "auto"}, "damp_percent", QuantConfig().damp_percent),
         ({"meta": "none"}, "bits", 4),
         ({"sym": None, "desc_act": None}, "sym", True),
     ],

@@ -258,7 +258,7 @@ def test_parameters_that_differ_are_said_per_branch(make_branch):
 
 
 def test_fallbacks_are_named(make_branch):
-    config = QuantConfig()
+    config = QuantConfig(damp_percent=0.1)
     reports = modules(config, m1=(0.3, None), m3=(0.1, "rounded to nearest: no tokens reached it"))
     folder = make_branch("main", config, report=quantize_report("main", config, reports))
     write_card(folder.parent)

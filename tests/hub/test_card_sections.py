@@ -78,7 +78,7 @@ def test_losses_per_layer(make_branch):
 
 
 def test_fallbacks_are_grouped_by_reason(make_branch):
-    config = QuantConfig()
+    config = QuantConfig(damp_percent=0.1)
     reports = modules(config, m0=(0.3, "more damping"), m1=(0.3, "more damping"), m2=(0.1, "rounded"))
     facts = read_branch(make_branch("main", config, report=quantize_report("main", config, reports)))
     assert sections.fallback_lines([facts]) == (

@@ -14,6 +14,7 @@ from quantmill.commands.machine import pick_device, set_threads
 from quantmill.console import Advance, Console, gigabytes, progress, seconds
 from quantmill.errors import BadRequest
 from quantmill.files import read_json
+from quantmill.plots import loss_by_layer
 from quantmill.quantize import calibration
 from quantmill.quantize.job import BlockFinished, Event, Finished, Job, ModuleSolved
 from quantmill.quantize.pipeline import peak_ram_bytes, quantize
@@ -23,6 +24,7 @@ from quantmill.sources import resolve
 from quantmill.types import CalibrationSet, Json, Variant
 
 PRESETS = ("fast",)
+PICTURE = "loss_by_layer.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ def make(request: Request, console: Console) -> Made:
     with progress("solving", total) as advance:
         finished = quantize(job, _Follower(advance, total // len(request.variants)))
     made = Made(tuple(finished), time.perf_counter() - began, peak_ram_bytes())
+    loss_by_layer({f.branch: [(m.name, m.loss) for m in f.modules] for f in finished}, request.out / PICTURE)
     summarise(made, console)
     return made
 

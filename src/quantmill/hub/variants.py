@@ -128,6 +128,8 @@ def _variants(*configs: QuantConfig) -> tuple[Variant, ...]:
     return tuple(Variant(branch_name(config), config) for config in configs)
 
 
-# The four branches of the repository that the specification describes; act order and damp 0.1 are defaults.
-CARD_GRID = _variants(QuantConfig(4, 128), QuantConfig(4, 32), QuantConfig(8, 128), QuantConfig(8, 32))
+# The four branches of the repository that the specification describes, with its damping; act order is a default.
+CARD_GRID = _variants(
+    *(QuantConfig(bits, group, damp_percent=0.1) for bits, group in ((4, 128), (4, 32), (8, 128), (8, 32)))
+)
 GRIDS = {"card": CARD_GRID}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
-SLABS = 4  # H is symmetric: four slabs of columns do 10/16 of the multiplications
+SLAB = 192  # columns at a time: H is symmetric, so a slab is multiplied with itself and those before it only
 
 
 class Hessian:
@@ -20,8 +18,8 @@ class Hessian:
     def add(self, x: Tensor) -> None:
         """x (..., K): any number of tokens, any float dtype."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        edges = [round(i * rows.shape[1] / SLABS) for i in range(SLABS + 1)]
-        for low, high in pairwise(edges):
+        for low in range(0, rows.shape[1], SLAB):
+            high = min(low + SLAB, rows.shape[1])
             self.sum[low:high, :high].addmm_(rows[:, low:high].T, rows[:, :high])
         self.tokens += rows.shape[0]
 

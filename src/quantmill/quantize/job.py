@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantmill.types import CalibrationSet, ModuleReport, QuantConfig, Variant
 
-# An 8-bit grid loses so little that more rows cannot be told apart from noise (benchmarks/quality_small.py).
+# An 8-bit grid loses so little that more rows cannot be told apart from noise (benchmarks/eight_bit_rows.py).
 ROWS_SHARE = {2: 1.0, 3: 1.0, 4: 1.0, 8: 0.25}
 
 

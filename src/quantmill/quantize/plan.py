@@ -102,7 +102,7 @@ def working_bytes(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int,
 
 
 def operations(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int, seqlen: int) -> float:
-    """Operations of calibrating one variant: forward, Hessians (10/16 of X^T X), factors and solving."""
+    """Operations of calibrating one variant: forward, Hessians (half of X^T X), factors and solving."""
     weights = sum(s.in_features * s.out_features for s in shapes.values())
     inputs = {
         "o": dims.heads * dims.head_dim,
@@ -111,7 +111,7 @@ def operations(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int, se
         "gate_up": dims.hidden,
     }
     forward = 2.0 * tokens * weights + 2.0 * tokens * seqlen * dims.heads * dims.head_dim
-    hessians = sum(2.0 * tokens * k * k * 10 / 16 for k in inputs.values())
+    hessians = sum(1.1 * tokens * k * k for k in inputs.values())
     solving = sum(6.0 * s.out_features * s.in_features * s.in_features for s in shapes.values())
     return dims.layers * (forward + hessians + solving + sum(2.0 * k**3 for k in inputs.values()))
 

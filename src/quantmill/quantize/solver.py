@@ -256,21 +256,33 @@ def refit(W: Tensor, H: Tensor, linear: IntLinear, ridge: float = 1e-3) -> IntLi
     s = (M + rho I)^-1 (r + rho s_old), rounded to float16. The loss is w^T H w - 2 s^T r + s^T M s.
     """
     g, old = linear.g_idx.long(), linear.scales.float()
-    spread = nn.functional.one_hot(g, old.shape[1]).float()
-    centred = linear.codes.float() - linear.zeros.float()[:, g]
+    by_group = torch.argsort(g, stable=True)
+    centred = (linear.codes.float() - linear.zeros.float()[:, g])[:, by_group]
+    ordered = H[by_group][:, by_group]
+    right = (W @ H)[:, by_group] * centred
+    spread = nn.functional.one_hot(g[by_group], old.shape[1]).float()
     scales = torch.empty_like(old)
     step = max(1, (1 << 27) // (8 * old.shape[1] ** 2))
     for rows in torch.split(torch.arange(len(W), device=W.device), step):
-        scales[rows] = _refit_rows(W[rows], H, centred[rows], old[rows], spread, ridge)
+        M = _group_products(ordered, centred[rows], spread)
+        scales[rows] = _best_scales(M, (right[rows] @ spread).double(), old[rows], ridge)
     return IntLinear(linear.codes, scales.half(), linear.zeros, linear.g_idx)
 
 
-def _refit_rows(W: Tensor, H: Tensor, centred: Tensor, old: Tensor, spread: Tensor, ridge: float) -> Tensor:
-    """Refitted scales (n, groups) of some rows, float32 holding float16 values; spread (K, groups) is one-hot."""
-    columns = [column.nonzero().flatten() for column in spread.T]
-    parts = [((centred[:, c] @ H[c]) * centred) @ spread for c in columns]
-    M = torch.stack(parts, 1).double()
-    r = ((W @ H * centred) @ spread).double()
+def _group_products(H: Tensor, centred: Tensor, spread: Tensor) -> Tensor:
+    """M = B^T H B of every row, (n, groups, groups) float64; columns sorted by group, spread (K, groups)."""
+    sizes = spread.sum(0).long().tolist()
+    M = torch.zeros(len(centred), len(sizes), len(sizes), dtype=torch.float64, device=H.device)
+    start = 0
+    for i, size in enumerate(sizes):
+        now, on = slice(start, start + size), slice(start, None)  # M is symmetric: from the diagonal on
+        M[:, i, i:] = ((centred[:, now] @ H[now, on]) * centred[:, on]) @ spread[on, i:]
+        start += size
+    return M + M.triu(1).mT
+
+
+def _best_scales(M: Tensor, r: Tensor, old: Tensor, ridge: float) -> Tensor:
+    """Refitted scales (n, groups), float32 holding float16 values, or the old ones where they are not worse."""
     rho = ridge * M.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
     damped = M + torch.diag_embed(rho.expand(-1, M.shape[1]))
     stored = torch.linalg.solve(damped, r + rho * old).half().float()
