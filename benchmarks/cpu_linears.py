@@ -1,9 +1,9 @@
 """Speed of the CPU's linears beside a plain streaming read in the same run.
 
-    python benchmarks/cpu_linears.py [--threads 2] [--precision int16] [--rows 1 8 64] [--isa avx2]
+    python benchmarks/cpu_linears.py [--threads 2] [--precision int8] [--rows 1 8 64] [--isa avx2]
 
-Mistral-7B shapes, random weights; several copies of a linear, so that none is found in a cache. Prints, for every
-shape, bits and number of rows: time, GB/s of packed weights, share of the streaming read, billions of
+Mistral-7B shapes, random weights; several copies of a linear, so that none is found in a cache. Prints, for
+every shape, bits and number of rows: time, GB/s of packed weights, share of the streaming read, billions of
 multiply-adds per second, and the same of torch's fp32 product (oneDNN) where rows are many.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--isa")
-    parser.add_argument("--precision", choices=[p.name.lower() for p in Precision], default="int8")
+    parser.add_argument("--precision", choices=[p.name.lower() for p in Precision], default="int16")
     parser.add_argument("--torch", action="store_true", help="compare with oneDNN where rows >= 16")
     asked = parser.parse_args()
     rng = np.random.default_rng(0)

@@ -125,6 +125,9 @@ def test_missing_file(folder, name):
 
 def test_missing_tokenizer(tiny_llama, tmp_path):
     shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("token*", "*.jinja"))
+    with pytest.raises(BadCheckpoint, match=r"has none of tokenizer\.json, "):
+        load_tokenizer(tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").write_text("{")
     with pytest.raises((BadCheckpoint, UnsupportedModel)) as caught:
         load_tokenizer(tmp_path / "bare")
     assert "\n" not in str(caught.value)
@@ -170,6 +173,24 @@ def test_unknown_architecture(folder):
     edit_json(folder / "config.json", model_type="abacus")
     with pytest.raises(UnsupportedModel, match=r"Transformers refuses it.*abacus"):
         load_model(folder, device="cpu")
+
+
+def test_another_method_is_refused_before_transformers_asks_for_packages(folder):
+    quant = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    edit_json(folder / "config.json", quantization_config=quant)
+    with pytest.raises(UnsupportedModel, match="quant_method is 'awq'"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_on_a_gpu_in_float16(tmp_path, device):
+    twin = write_quantized(tmp_path, tiny_model("mistral", sliding_window=8), CONFIG, shuffled=True)
+    model = load_model(tmp_path, device=device)
+    assert (model.device.type, model.dtype) == ("cuda", torch.float16)
+    with torch.inference_mode():
+        got = model(IDS.cuda()).logits.float().cpu()
+        torch.testing.assert_close(got, twin(IDS).logits, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -92,7 +92,8 @@ class GptqQuantizer(HfQuantizer):
                 layer.checkpoint_format = probe_format(
                     layer.qzeros, config.bits, config.sym, config.zero_format
                 )
-        log.info("%s", prepare_linears(model, model.dtype))
+        if chosen := prepare_linears(model, model.dtype):
+            log.info("%s", chosen)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -1,7 +1,7 @@
 """Two rows of the backend table: a packed linear on this processor, torch in and torch out.
 
-`cpu` quantises activations to int8, 32 at a time; `cpu-exact` keeps them in fp32. Knows no model. numba is
-imported when a linear is prepared.
+`cpu` takes 15 bits of the activations, which costs nothing that can be measured; `cpu-exact` keeps fp32.
+Knows no model. numba is imported when a linear is prepared.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def _refusal(spec: LinearSpec, device: torch.device, dtype: torch.dtype, rows: i
     return None
 
 
-def _prepare_int8(packed: PackedLinear, dtype: torch.dtype) -> RunnableLinear:
+def _prepare(packed: PackedLinear, dtype: torch.dtype) -> RunnableLinear:
     from quantmill.kernels.cpu.layout import Precision
 
-    return _runnable(packed, Precision.INT8)
+    return _runnable(packed, Precision.INT16)
 
 
 def _prepare_exact(packed: PackedLinear, dtype: torch.dtype) -> RunnableLinear:
@@ -58,9 +58,9 @@ def matmul(x: Tensor, state: RunnableLinear) -> Tensor:
 
 CPU = Backend(
     name="cpu",
-    summary="numba, int8 activations in groups of 32, the processor's byte dot products",
+    summary="numba, the processor's byte dot products, activations in 15 bits with a scale for every 32",
     supports=_refusal,
-    prepare=_prepare_int8,
+    prepare=_prepare,
     matmul=matmul,
 )
 CPU_EXACT = Backend(

@@ -30,19 +30,13 @@ from quantmill.kernels.cpu.layout import (
     descriptor,
 )
 from quantmill.kernels.cpu.memory import field
-from quantmill.kernels.cpu.pool import Pool, default_threads, meet, shared_pool
+from quantmill.kernels.cpu.pool import Pool, claim, default_threads, meet, share, shared_pool
 from quantmill.kernels.cpu.products import product
 
 CHUNK = 256  # rows prepared at once: their int8 form stays in the second-level cache
 
 # The job record.
-_LINEAR, _SOURCE, _SOURCE_STRIDE, _ROWS, _OUT, _OUT_STRIDE, _SCRATCH = range(7)
-
-
-@inlined
-def share(count: int, thread: int, threads: int) -> tuple[int, int]:
-    """The part [first, last) of `count` things that is this thread's."""
-    return count * thread // threads, count * (thread + 1) // threads
+_LINEAR, _SOURCE, _SOURCE_STRIDE, _ROWS, _OUT, _OUT_STRIDE, _SCRATCH, _TICKET = range(8)
 
 
 @inlined
@@ -88,15 +82,27 @@ def lay_row(linear: int, source: int, row: int, rows: int, area: int, thread: in
 @inlined
 def multiply(
     linear: int, rows: int, area: int, start: int, start_stride: int, out: int, out_stride: int,
-    thread: int, threads: int,
+    thread: int, threads: int, ticket: int,
 ) -> None:  # fmt: skip
-    """out = start + (prepared activations) @ W.T for this thread's share of the output rows; strides in
+    """out = start + (prepared activations) @ W.T for the blocks of rows this thread claims; strides in
     bytes."""
+    blocks = field(linear, FIELD_BLOCKS)
+    part = claim(ticket, blocks, threads)
+    while part[0] < part[1]:
+        multiply_part(linear, rows, area, start, start_stride, out, out_stride, thread, part)
+        part = claim(ticket, blocks, threads)
+
+
+@inlined
+def multiply_part(
+    linear: int, rows: int, area: int, start: int, start_stride: int, out: int, out_stride: int,
+    thread: int, part: tuple[int, int],
+) -> None:  # fmt: skip
+    """The same for the blocks [first, last) of `part`."""
     x, scales, shifts = _places(linear, rows, area, thread)
-    first, last = share(field(linear, FIELD_BLOCKS), thread, threads)
     call11(
         field(linear, FIELD_FUNCTION),
-        (linear, x, scales, shifts, rows, first, last, start, start_stride, out, out_stride),
+        (linear, x, scales, shifts, rows, part[0], part[1], start, start_stride, out, out_stride),
     )
 
 
@@ -115,7 +121,8 @@ def _job() -> Any:
         if rows > 1:
             meet(meeting, threads)
         bias = field(linear, FIELD_BIAS)
-        multiply(linear, rows, area, bias, 0, field(job, _OUT), field(job, _OUT_STRIDE), thread, threads)
+        out, stride, ticket = field(job, _OUT), field(job, _OUT_STRIDE), job + 8 * _TICKET
+        multiply(linear, rows, area, bias, 0, out, stride, thread, threads, ticket)
 
     return run_linear
 
@@ -140,7 +147,7 @@ class RunnableLinear:
         linear: CpuLinear,
         *,
         isa: str | None = None,
-        precision: Precision = Precision.INT8,
+        precision: Precision = Precision.INT16,
         threads: int | None = None,
     ) -> None:
         self.linear = linear
@@ -166,7 +173,7 @@ class RunnableLinear:
         job = np.array(
             [
                 self._record.ctypes.data, x.ctypes.data, x.strides[0], rows,
-                out.ctypes.data, out.strides[0], scratch.ctypes.data,
+                out.ctypes.data, out.strides[0], scratch.ctypes.data, 0,
             ],
             np.int64,
         )  # fmt: skip

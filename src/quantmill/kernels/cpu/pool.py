@@ -2,8 +2,8 @@
 
 A job is a C function f(job, thread, threads, meeting), all int64, that every thread runs once; `meeting` is
 what `meet` takes. Idle threads watch for work for about a millisecond, giving way to others, then sleep in
-Python. The split of work is the job's own, by thread number, so results do not depend on timing. Knows no
-kernels.
+Python. How work is split is the job's own: by thread number (`share`), or by tickets (`claim`), which keeps
+everyone busy when another program takes a processor away. Knows no kernels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _EPOCH, _FUNCTION, _JOB, _STOP = 0, 1, 2, 3
 _DONE, _ARRIVED, _MEETINGS, _PARKED = 16, 32, 48, 64
 _STEP = 16
 _PATIENCE = 20_000  # looks at the epoch before a thread goes to sleep
+_PARTS = 8  # that `claim` makes of things for each thread
 _POLITE = 64  # looks between two offers of the processor to other threads
 
 
@@ -45,6 +46,25 @@ def meet(meeting: int, threads: int) -> None:
         breathe()
         if looks % _POLITE == 0:
             give_way()
+
+
+@inlined
+def share(count: int, thread: int, threads: int) -> tuple[int, int]:
+    """The part [first, last) of `count` things that is this thread's."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@inlined
+def claim(ticket: int, count: int, threads: int) -> tuple[int, int]:
+    """The next part [first, last) of `count` things; empty when all are taken. `ticket`: an int64, 0 at
+    first."""
+    if threads == 1:
+        first, size = atomic_load(ticket), count
+        atomic_store(ticket, count)
+    else:
+        size = (count + _PARTS * threads - 1) // (_PARTS * threads)
+        first = atomic_add(ticket, size)
+    return min(first, count), min(first + size, count)
 
 
 @entry

@@ -22,7 +22,7 @@ from quantmill.runtime.cpu.attention import CHUNK, OUTPUT, ROW
 from quantmill.runtime.cpu.cache import layer_caches
 from quantmill.runtime.cpu.repack import HEAD_BITS
 from quantmill.runtime.cpu.settings import Settings, read_settings
-from quantmill.runtime.cpu.step import TILE, Layer, Step, step_function
+from quantmill.runtime.cpu.step import TILE, Layer, Step, Ticket, step_function
 from quantmill.runtime.cpu.store import Store, packed_store
 
 AT_ONCE = 128  # new positions per step while a prompt is read
@@ -42,21 +42,22 @@ class CpuDecoder:
         store: Store,
         *,
         threads: int | None,
-        exact: bool,
+        precision: Precision,
         context: int | None,
         isa: Isa,
     ) -> None:
         self.settings, self._store = settings, store
-        self.exact, self.isa = exact, isa
+        self.precision, self.isa = precision, isa
         sizes = settings.sizes
         self.context = context or min(settings.positions, CONTEXT)
         self.position = 0  # how many tokens have been read
         self._pool = shared_pool(threads or default_threads())
-        half = isa.half_loads and not exact
+        half = isa.half_loads and precision != Precision.EXACT
         self._function = step_function(sizes.head_dim, half, _decode_tile(sizes.heads // sizes.kv_heads))
         self._kept: list[Any] = []  # what the records point at
         self._caches = layer_caches(settings, self.context, AT_ONCE, half)
         self._hidden: Floats = np.zeros((AT_ONCE, sizes.hidden), np.float32)
+        self._tickets = np.zeros((sizes.layers + 1) * Ticket.BYTES // 8, np.int64)
         self._layers = np.stack([self._layer(i) for i in range(sizes.layers)])
         self._record = self._step_record()
 
@@ -67,6 +68,7 @@ class CpuDecoder:
         threads: int | None = None,
         exact: bool = False,
         *,
+        precision: Precision | None = None,
         head_bits: int | None = None,
         context: int | None = None,
         isa: str | None = None,
@@ -74,17 +76,25 @@ class CpuDecoder:
     ) -> CpuDecoder:
         """Open a quantised model folder; packs it for the CPU the first time and maps that file ever after.
 
-        threads: None for one per core. exact: fp32 activations, cache and head instead of int8, fp16 and 8
-        bits. head_bits: 8 or 16 for a head that is not quantised. context: positions to make room for
-        (None: the model's, at most 8192). Raises BadCheckpoint, UnsupportedModel, BadRequest.
+        threads: None for one per core. exact: fp32 activations and cache and the head as it is, instead of
+        15-bit activations, a 16-bit cache and an 8-bit head; precision: another one for the activations (INT8
+        reads prompts faster and costs a few thousandths of a nat a token). head_bits: 8 or 16 for a head that
+        is not quantised. context: positions to make room for (None: the model's, at most 8192). Raises
+        BadCheckpoint, UnsupportedModel, BadRequest.
         """
         if head_bits not in (None, 8, DENSE):
             raise BadRequest(f"head bits is {head_bits}; an output head is kept in 8 or 16 bits")
         checkpoint = open_checkpoint(Path(folder))
         settings = read_settings(checkpoint.config)
-        bits = head_bits or (DENSE if exact else 8)
+        precision = precision or (Precision.EXACT if exact else Precision.INT16)
+        bits = head_bits or (DENSE if precision == Precision.EXACT else 8)
         store = packed_store(checkpoint, {HEAD_BITS: bits}, cache)
-        return cls(settings, store, threads=threads, exact=exact, context=context, isa=choose(isa))
+        return cls(settings, store, threads=threads, precision=precision, context=context, isa=choose(isa))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a step reads."""
+        return sum(linear.nbytes for linear in self._store.linears.values())
 
     def reset(self, position: int = 0) -> None:
         """Forget all tokens after the first `position`; a layer with a window can only forget everything.
@@ -136,6 +146,7 @@ class CpuDecoder:
         record[Step.ROWS], record[Step.POSITION] = len(tokens), self.position
         record[Step.HEAD_ROWS], record[Step.LOGITS_AT] = head_rows, logits.ctypes.data
         record[Step.LOGITS_STRIDE] = logits.strides[0]
+        self._tickets.fill(0)
         self._pool.run(self._function.address, record.ctypes.data)
         self.position += len(tokens)
         return logits[:, : sizes.vocab]
@@ -152,7 +163,7 @@ class CpuDecoder:
         return int(array.ctypes.data)
 
     def _bound(self, linear: CpuLinear) -> NDArray[np.int64]:
-        return bind(linear, self.isa, Precision.EXACT if self.exact else Precision.INT8)
+        return bind(linear, self.isa, self.precision)
 
     def _layer(self, i: int) -> NDArray[np.int64]:
         record, linears, arrays = np.zeros(Layer.FIELDS, np.int64), self._store.linears, self._store.arrays
@@ -213,6 +224,7 @@ class CpuDecoder:
         record[Step.NORMED_AT], record[Step.NORMED_STRIDE] = self._buffer(threads, sizes.hidden)
         self._set_angles(record)
         self._set_scratch(record)
+        record[Step.TICKETS_AT] = self._tickets.ctypes.data
         record[Step.NORM_AT] = self._store.arrays["norm"].ctypes.data
         record[Step.HEAD] = self._keep(self._bound(self._store.linears["head"]))
         return record

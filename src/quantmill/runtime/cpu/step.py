@@ -13,9 +13,9 @@ from typing import Any
 
 from quantmill.kernels.cpu.jit import built_from, c_function, fingerprint, inlined
 from quantmill.kernels.cpu.layout import FIELD_BIAS, FIELD_BLOCKS
-from quantmill.kernels.cpu.linear import lay_row, multiply, share
-from quantmill.kernels.cpu.memory import field, floats, integers
-from quantmill.kernels.cpu.pool import meet
+from quantmill.kernels.cpu.linear import lay_row, multiply, multiply_part
+from quantmill.kernels.cpu.memory import atomic_add, field, floats, integers
+from quantmill.kernels.cpu.pool import claim, meet, share
 from quantmill.runtime.cpu.attention import (
     BLOCK,
     CHUNK,
@@ -69,6 +69,7 @@ class Step(IntEnum):
     HEAD_ROWS = auto()  # logits for so many of the last positions
     LOGITS_AT = auto()
     LOGITS_STRIDE = auto()
+    TICKETS_AT = auto()  # Ticket.BYTES for each layer and for the head, all 0 (pool.claim)
     FIELDS = auto()
 
 
@@ -99,10 +100,22 @@ class Layer(IntEnum):
     FIELDS = 24
 
 
-S, L = Step, Layer
+class Ticket(IntEnum):
+    """Where in its tickets a layer keeps which, in bytes: a cache line for each."""
+
+    INPUTS = 0  # three
+    OUTPUT = 192
+    GATE = 256
+    DOWN = 320
+    ATTENTION = 384
+    BYTES = 512
+
+
+S, L, T = Step, Layer, Ticket
 # Plain numbers, for arithmetic in compiled code.
 _INPUT, _INPUT_OFFSET, _INPUT_FRESH = int(L.INPUT), int(L.INPUT_OFFSET), int(L.INPUT_FRESH)
-_LAYER_BYTES = 8 * int(L.FIELDS)
+_LAYER_BYTES, _TICKET_BYTES = 8 * int(L.FIELDS), int(T.BYTES)
+_OUTPUT, _GATE, _DOWN, _ATTENTION = (int(t) for t in (T.OUTPUT, T.GATE, T.DOWN, T.ATTENTION))
 
 
 @inlined
@@ -120,7 +133,7 @@ def _together(rows: int, meeting: int, threads: int) -> None:
 
 
 @inlined
-def _qkv(step: int, layer: int, thread: int, threads: int, meeting: int) -> None:
+def _qkv(step: int, layer: int, tickets: int, thread: int, threads: int, meeting: int) -> None:
     rows = field(step, S.ROWS)
     normed = field(step, S.NORMED_AT) + thread * field(step, S.NORMED_STRIDE)
     areas, size = field(step, S.AREAS_AT), field(step, S.AREA_SIZE)
@@ -141,7 +154,8 @@ def _qkv(step: int, layer: int, thread: int, threads: int, meeting: int) -> None
         if fresh[i]:
             area = areas + i * size
         out, bias = field(step, S.QKV_AT) + offsets[i], field(inputs[i], FIELD_BIAS)
-        multiply(inputs[i], rows, area, bias, 0, out, field(step, S.QKV_STRIDE), thread, threads)
+        stride = field(step, S.QKV_STRIDE)
+        multiply(inputs[i], rows, area, bias, 0, out, stride, thread, threads, tickets + 64 * i)
     meet(meeting, threads)
 
 
@@ -230,9 +244,9 @@ def _attend_one(
 
 @inlined
 def _attend_many(
-    step: int, layer: int, head_dim: int, half: bool, thread: int, threads: int, meeting: int
+    step: int, layer: int, head_dim: int, half: bool, ticket: int, thread: int, threads: int, meeting: int
 ) -> None:
-    """Several new positions: tiles of queries that share keys, dealt out in turn, as later ones see more."""
+    """Several new positions: tiles of queries that share keys, claimed one by one, as later ones see more."""
     rows, position = field(step, S.ROWS), field(step, S.POSITION)
     group = field(step, S.HEADS) // field(step, S.KV_HEADS)
     size = 4 * part_size(head_dim)
@@ -240,7 +254,9 @@ def _attend_many(
     address = field(step, S.TABLES_AT) + thread * TILE * ROW * 8
     table = integers(address, TILE * ROW)
     tiles = (rows * group + TILE - 1) // TILE
-    for unit in range(thread, field(step, S.KV_HEADS) * tiles, threads):
+    units = field(step, S.KV_HEADS) * tiles
+    unit = atomic_add(ticket, 1)
+    while unit < units:
         kv_head, tile = unit // tiles, unit % tiles
         for i in range(TILE):
             query = min(tile * TILE + i, rows * group - 1)  # the last tile repeats its last query
@@ -263,11 +279,14 @@ def _attend_many(
             row, head = query // group, kv_head * group + query % group
             out = field(step, S.MIXED_AT) + row * field(step, S.MIXED_STRIDE) + head * head_dim * 4
             finish(totals + i * size, out, head_dim)
+        unit = atomic_add(ticket, 1)
     meet(meeting, threads)
 
 
 @inlined
-def _add(step: int, linear: int, source: int, stride: int, thread: int, threads: int, meeting: int) -> None:
+def _add(
+    step: int, linear: int, source: int, stride: int, ticket: int, thread: int, threads: int, meeting: int
+) -> None:
     """hidden += linear(source)."""
     rows, area = field(step, S.ROWS), field(step, S.AREAS_AT)
     first, last = _mine(rows, thread, threads)
@@ -275,12 +294,12 @@ def _add(step: int, linear: int, source: int, stride: int, thread: int, threads:
         lay_row(linear, source + row * stride, row, rows, area, thread)
     _together(rows, meeting, threads)
     hidden, hidden_stride = field(step, S.HIDDEN_AT), field(step, S.HIDDEN_STRIDE)
-    multiply(linear, rows, area, hidden, hidden_stride, hidden, hidden_stride, thread, threads)
+    multiply(linear, rows, area, hidden, hidden_stride, hidden, hidden_stride, thread, threads, ticket)
     meet(meeting, threads)
 
 
 @inlined
-def _gate_up(step: int, layer: int, thread: int, threads: int, meeting: int) -> None:
+def _gate_up(step: int, layer: int, ticket: int, thread: int, threads: int, meeting: int) -> None:
     rows, hidden = field(step, S.ROWS), field(step, S.HIDDEN)
     gate, up, fresh = field(layer, L.GATE), field(layer, L.UP), field(layer, L.UP_FRESH)
     area = field(step, S.AREAS_AT)
@@ -296,17 +315,21 @@ def _gate_up(step: int, layer: int, thread: int, threads: int, meeting: int) -> 
             lay_row(up, normed, row, rows, other, thread)
     _together(rows, meeting, threads)
     gates, ups, stride = field(step, S.GATE_AT), field(step, S.UP_AT), field(step, S.GATE_STRIDE)
-    multiply(gate, rows, area, field(gate, FIELD_BIAS), 0, gates, stride, thread, threads)
-    multiply(up, rows, other, field(up, FIELD_BIAS), 0, ups, stride, thread, threads)
-    first, last = share(field(gate, FIELD_BLOCKS), thread, threads)  # the same rows of both are this thread's
-    for row in range(rows):
-        place = row * stride + first * 64
-        silu_product(gates + place, ups + place, (last - first) * 16)
+    gate_bias, up_bias = field(gate, FIELD_BIAS), field(up, FIELD_BIAS)
+    blocks = field(gate, FIELD_BLOCKS)
+    part = claim(ticket, blocks, threads)
+    while part[0] < part[1]:  # the same rows of both, and their product
+        multiply_part(gate, rows, area, gate_bias, 0, gates, stride, thread, part)
+        multiply_part(up, rows, other, up_bias, 0, ups, stride, thread, part)
+        for row in range(rows):
+            place = row * stride + part[0] * 64
+            silu_product(gates + place, ups + place, (part[1] - part[0]) * 16)
+        part = claim(ticket, blocks, threads)
     meet(meeting, threads)
 
 
 @inlined
-def _logits(step: int, thread: int, threads: int, meeting: int) -> None:
+def _logits(step: int, ticket: int, thread: int, threads: int, meeting: int) -> None:
     rows, head, area = field(step, S.HEAD_ROWS), field(step, S.HEAD), field(step, S.AREAS_AT)
     normed = field(step, S.NORMED_AT) + thread * field(step, S.NORMED_STRIDE)
     epsilon = floats(field(step, S.CONSTANTS_AT), 2)[0]
@@ -318,7 +341,7 @@ def _logits(step: int, thread: int, threads: int, meeting: int) -> None:
         lay_row(head, normed, row, rows, area, thread)
     _together(rows, meeting, threads)
     logits, stride = field(step, S.LOGITS_AT), field(step, S.LOGITS_STRIDE)
-    multiply(head, rows, area, field(head, FIELD_BIAS), 0, logits, stride, thread, threads)
+    multiply(head, rows, area, field(head, FIELD_BIAS), 0, logits, stride, thread, threads, ticket)
 
 
 @cache
@@ -333,17 +356,21 @@ def step_function(head_dim: int, half: bool, tile: int) -> Any:
         built_from(stamp)
         for i in range(field(step, S.LAYERS)):
             layer = field(step, S.LAYERS_AT) + i * _LAYER_BYTES
-            _qkv(step, layer, thread, threads, meeting)
+            tickets = field(step, S.TICKETS_AT) + i * _TICKET_BYTES
+            _qkv(step, layer, tickets, thread, threads, meeting)
             _rotate(step, layer, head_dim, half, thread, threads, meeting)
             if field(step, S.ROWS) == 1:
                 _attend_one(step, layer, head_dim, half, tile, thread, threads, meeting)
             else:
-                _attend_many(step, layer, head_dim, half, thread, threads, meeting)
+                _attend_many(step, layer, head_dim, half, tickets + _ATTENTION, thread, threads, meeting)
             mixed, mixed_stride = field(step, S.MIXED_AT), field(step, S.MIXED_STRIDE)
-            _add(step, field(layer, L.OUTPUT), mixed, mixed_stride, thread, threads, meeting)
-            _gate_up(step, layer, thread, threads, meeting)
+            _add(
+                step, field(layer, L.OUTPUT), mixed, mixed_stride, tickets + _OUTPUT, thread, threads, meeting
+            )
+            _gate_up(step, layer, tickets + _GATE, thread, threads, meeting)
             gates, stride = field(step, S.GATE_AT), field(step, S.GATE_STRIDE)
-            _add(step, field(layer, L.DOWN), gates, stride, thread, threads, meeting)
-        _logits(step, thread, threads, meeting)
+            _add(step, field(layer, L.DOWN), gates, stride, tickets + _DOWN, thread, threads, meeting)
+        ticket = field(step, S.TICKETS_AT) + field(step, S.LAYERS) * _TICKET_BYTES
+        _logits(step, ticket, thread, threads, meeting)
 
     return run_step

@@ -47,7 +47,7 @@ def packed_store(checkpoint: Checkpoint, options: dict[str, int], cache: Path | 
     if not (folder / INDEX).exists():
         with atomic_folder(folder) as unfinished:
             with (unfinished / ARRAYS).open("wb") as stream:
-                index = _write(stream, pack_model(checkpoint, options))
+                index = write_arrays(stream, pack_model(checkpoint, options))
             write_json(unfinished / INDEX, index)
     return open_store(folder)
 
@@ -70,7 +70,8 @@ def _view(data: NDArray[np.uint8], entry: dict[str, Any]) -> NDArray[Any]:
     return array.reshape(entry["shape"])
 
 
-def _write(stream: BinaryIO, items: Iterator[tuple[str, CpuLinear | NDArray[Any]]]) -> dict[str, Any]:
+def write_arrays(stream: BinaryIO, items: Iterator[tuple[str, CpuLinear | NDArray[Any]]]) -> dict[str, Any]:
+    """Write arrays one after another; returns the index that `open_store` needs."""
     arrays: dict[str, Any] = {}
     linears: dict[str, Any] = {}
 
