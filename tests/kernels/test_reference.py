@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -90,6 +92,23 @@ def test_dense_gives_what_reference_gives(dtype, rows):
     kept = reference.dense_matmul(x, reference.dense_weight(packed, dtype))
     assert kept.dtype == slow.dtype == dtype
     assert torch.equal(kept, slow)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_on_a_gpu(bits, dtype):
+    exact, packed = make(576, 96, QuantConfig(bits=bits, group_size=128), shuffled=True, bias=True)
+    moved = dataclasses.replace(
+        packed, **{s: getattr(packed, s).cuda() for s in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+    )
+    dense = reference.dense_weight(moved, dtype)
+    assert torch.equal(dense.weight.cpu(), exact.to(dtype))
+    x = torch.randn(5, 576, device="cuda").to(dtype)
+    got = reference.matmul(x, moved)
+    assert torch.equal(got, reference.dense_matmul(x, dense))
+    wanted = x.double().cpu() @ exact.to(dtype).double().T + packed.bias.double()
+    torch.testing.assert_close(got.double().cpu(), wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_memory_stays_at_one_slice():

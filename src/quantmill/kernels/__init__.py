@@ -16,6 +16,7 @@ from torch import Tensor
 from quantmill.errors import BadRequest
 from quantmill.kernels.backend import Backend, LinearSpec, spec_of
 from quantmill.kernels.reference import DENSE, REFERENCE
+from quantmill.kernels.triton.backend import TRITON
 from quantmill.types import PackedLinear
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 
 # Best first: the first row that does not refuse is used. Faster rows go above these two; a row whose
 # kernels need triton or numba imports them inside its three functions.
-BACKENDS: tuple[Backend, ...] = (DENSE, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (TRITON, DENSE, REFERENCE)
 
 # One backend is chosen for calls of up to so many rows: decoding, small batches, short and long prompts.
 ROW_BRACKETS = (1, 16, 256, 1 << 20)
