@@ -1,4 +1,4 @@
-"""Does an 8-bit variant need all calibration rows? Mean KL with all, a half, a quarter, an eighth of them.
+"""Does an 8-bit variant need all calibration rows? Mean KL with all, a quarter, an eighth, a sixteenth of them.
 
     python benchmarks/eight_bit_rows.py [--valid FILE --test FILE]
 
@@ -33,7 +33,7 @@ def main() -> None:
     source = resolve(str(small_model()))
     data = build(str(asked.valid), load_tokenizer(source), seqlen=512, samples=64)
     variant = Variant("eight", QuantConfig(bits=8))
-    for share in (1.0, 0.5, 0.25, 0.125):
+    for share in (1.0, 0.25, 0.125, 0.0625):
         job.ROWS_SHARE[8] = share
         with tempfile.TemporaryDirectory() as scratch:
             task = job.Job(source, "smollm2", Path(scratch), (variant,), data)

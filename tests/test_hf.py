@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,7 +50,8 @@ def load(folder, **options):
 
 def agree(model, twin) -> None:
     with torch.inference_mode():
-        torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-5, atol=1e-5)
+        got = model(IDS.to(model.device)).logits.cpu()
+        torch.testing.assert_close(got, twin(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,7 +95,7 @@ def test_qwen2_keeps_its_biases(tmp_path):
     model = write_quantized(tmp_path, tiny_model("qwen2"), CONFIG)
     layer = load(tmp_path).model.layers[1].self_attn.k_proj
     assert isinstance(layer, QuantLinear)
-    assert torch.equal(layer.bias.float(), model.model.layers[1].self_attn.k_proj.bias)
+    assert torch.equal(layer.bias.cpu().float(), model.model.layers[1].self_attn.k_proj.bias)
 
 
 def test_zero_biases_that_the_model_lacks_are_taken(tmp_path, complaints):
@@ -187,7 +190,8 @@ def test_generate_and_pipeline(tmp_path, complaints):
     model = load(tmp_path, dtype=torch.float32)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1}
     ids = IDS[:1]
-    assert torch.equal(model.generate(ids, **options), twin.generate(ids, **options))
+    got = model.generate(ids.to(model.device), **options).cpu()
+    assert torch.equal(got, twin.generate(ids, **options))
     pipe = pipeline("text-generation", model=str(tmp_path), device_map="auto", dtype=torch.float32)
     config = transformers.GenerationConfig(
         max_new_tokens=12, do_sample=True, temperature=0.7, top_p=0.95, top_k=40, repetition_penalty=1.1
@@ -248,6 +252,11 @@ def test_register_is_idempotent_and_can_be_undone():
     hf.unregister()
     hf.unregister()
     assert [table["gptq"] for table in tables] == theirs
+
+
+def test_importing_the_door_loads_nothing():
+    code = "import sys, quantmill.hf; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 class TestRefusals:

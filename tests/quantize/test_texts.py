@@ -103,7 +103,7 @@ def test_python_docs_are_inside_every_python() -> None:
 
 
 def test_unknown_names_list_the_choices(tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match=r"python-docs, wikitext, c4, self, a \.txt file"):
+    with pytest.raises(BadRequest, match=r"python-docs, python-library, wikitext, c4, self, a \.txt"):
         texts.read("wikitex")
     with pytest.raises(BadRequest, match=r"no text file.*use \.txt, \.jsonl, \.parquet"):
         texts.read(str(written(tmp_path / "a.docx", "x")))
@@ -207,3 +207,12 @@ def test_hub_answers_only_if_a_connection_can_be_made(monkeypatch: pytest.Monkey
     assert not texts._hub_answers()
     monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
     assert texts._hub_answers()
+
+
+def test_python_library_is_prose_and_not_python_docs() -> None:
+    library = " ".join(d for d in texts.read("python-library").documents if isinstance(d, str))
+    assert len(library) > 200_000
+    assert "A simple event scheduler" in library or "generally useful event scheduler" in library
+    assert library[:2000] not in " ".join(
+        d for d in texts.read("python-docs").documents if isinstance(d, str)
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from quantmill.types import CalibrationSet, ModuleReport, QuantConfig, Variant
 
 # An 8-bit grid loses so little that more rows cannot be told apart from noise (benchmarks/eight_bit_rows.py).
-ROWS_SHARE = {2: 1.0, 3: 1.0, 4: 1.0, 8: 0.25}
+ROWS_SHARE = {2: 1.0, 3: 1.0, 4: 1.0, 8: 0.125}
 
 
 def rows_share(config: QuantConfig) -> float:

@@ -17,7 +17,7 @@ from quantmill.formats.gptq import packed_bytes
 from quantmill.quantize.job import rows_share
 from quantmill.types import Json, QuantConfig, Variant
 
-BASE_RAM = 700 << 20  # Python, torch, numba and their compiled code
+BASE_RAM = 900 << 20  # Python, torch, Transformers, numba, their buffers, the calibration text
 SHARD = 4 << 30  # weights are written a shard at a time
 HEADER = 96  # bytes a tensor costs in a safetensors header, about
 
@@ -97,7 +97,7 @@ def working_bytes(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int,
     streams = 4 * tokens * dims.hidden * variants
     block = 6 * sum(s.in_features * s.out_features for s in shapes.values())
     widest = max(s.in_features for s in shapes.values())
-    lanes = 4 * tokens * (dims.hidden + widest)
+    lanes = 2 * 4 * tokens * (3 * dims.hidden + widest)  # twice: the allocator keeps as much again
     return streams + block + lanes + 40 * widest * widest
 
 

@@ -1,0 +1,41 @@
+"""Arguments and options that several commands take; their defaults are those of the dataclasses."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantmill.types import QuantConfig, SamplingParams
+
+DEFAULT, SAMPLING = QuantConfig(), SamplingParams()
+
+Source = Annotated[str, typer.Argument(help="a folder, a .gguf file, owner/name or owner/name:branch")]
+Model = Annotated[str, typer.Argument(help="a folder, a .gguf file, owner/name or owner/name:branch")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else there")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core")]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option("--variant", help="4bit-128g, 8bit--1g, 3bit-64g-noact, 4bit-32g-asym; repeatable"),
+]
+GridName = Annotated[
+    str | None, typer.Option("--grid", help="card: the four branches of a classic repository")
+]
+Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8")]
+GroupSize = Annotated[int | None, typer.Option(help="columns that share a scale; -1: one scale per row")]
+ActOrderFlag = Annotated[
+    bool | None, typer.Option("--act-order/--no-act-order", help="quantise the most active columns first")
+]
+Grouped = Annotated[bool, typer.Option("--grouped", help="let groups follow the act order (true g_idx)")]
+Sym = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="a zero point fixed in the middle, or a free one")
+]
+Damp = Annotated[
+    float | None, typer.Option(help=f"fraction of the mean diagonal; default {DEFAULT.damp_percent}")
+]
+Dataset = Annotated[
+    str, typer.Option(help="python-docs, wikitext, c4, self, a .txt/.jsonl/.parquet file, or a hub id")
+]
+Samples = Annotated[int, typer.Option(min=1, help="calibration blocks")]
+Seqlen = Annotated[int, typer.Option(min=8, help="tokens per block")]

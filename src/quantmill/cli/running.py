@@ -1,0 +1,81 @@
+"""`generate`, `chat` and `demo`: a model at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantmill.cli.app import app
+from quantmill.cli.options import SAMPLING, AsJson, Device, Model, Threads
+from quantmill.console import Console
+from quantmill.types import SamplingParams
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="what to answer")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = SAMPLING.max_new_tokens,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = SAMPLING.temperature,
+    top_p: float = SAMPLING.top_p,
+    top_k: int = SAMPLING.top_k,
+    repetition_penalty: float = SAMPLING.repetition_penalty,
+    seed: int | None = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="continue the text as it is, without the chat template")
+    ] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt."""
+    from quantmill.commands.running import open_model
+    from quantmill.runtime.generate import generate as run
+
+    console = Console(as_json)
+    params = SamplingParams(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    loaded, tokenizer = open_model(model, device, threads, console)
+    began = time.perf_counter()
+    answer = run(loaded, tokenizer, prompt, params, on_text=console.stream, chat=not raw)
+    console.stream("\n")
+    speed = answer.completion_tokens / max(1e-9, time.perf_counter() - began)
+    console.note(f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {speed:.1f} tok/s")
+    counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+    console.document({"text": answer.text, **counts, "tok_s": round(speed, 2)})
+
+
+@app.command()
+def chat(
+    model: Model,
+    temperature: float = SAMPLING.temperature,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = SAMPLING.max_new_tokens,
+    seed: int | None = None,
+    device: Device = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    from quantmill.commands.running import open_model
+    from quantmill.runtime.chat import chat_loop
+
+    console = Console()
+    params = dataclasses.replace(SAMPLING, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
+    loaded, tokenizer = open_model(model, device, threads, console)
+    console.note("/quit ends, /reset forgets, /system TEXT, /set temperature 0.7, /regen answers anew")
+    chat_loop(loaded, tokenizer, params, lambda: input("> "), console.stream)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where everything goes")] = Path("demo"),
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """All of it on a small real model, offline, on a CPU: quantise, check, measure, describe, answer."""
+    from quantmill.demo import run
+
+    console = Console(as_json)
+    console.document(run(out, threads, console))

@@ -1,0 +1,190 @@
+"""Folders of branches -> a repository on a hub, one complete branch per variant.
+
+    folders -> checked -> hashed -> compared -> large files up -> one commit per branch -> compared again
+
+Only what differs is sent; a branch moves once, when all of it is there. An interrupted run is simply repeated.
+Goes through huggingface_hub, to any endpoint, and never sees a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantmill.doctor import check
+from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError
+from quantmill.hub.card_facts import branch_folders, read_branch
+from quantmill.hub.paths import path_fault
+from quantmill.hub.remote import Hashes, RemoteFile, hash_file, in_our_words, list_files, token_header
+from quantmill.hub.variants import MAIN
+from quantmill.types import Level
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+CARD = "README.md"
+ATTRIBUTES = ".gitattributes"  # the hub's own
+SUMS = "SHA256SUMS"  # what `sha256sum -c` reads
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A branch to be: every file by its path in the repository."""
+
+    name: str
+    files: Mapping[str, Path]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(p.stat().st_size for p in self.files.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A branch as it is on the hub now; `sent` are the files that had to travel or change."""
+
+    name: str
+    commit: str
+    size: int
+    files: int
+    sent: tuple[str, ...]
+
+
+def read_branches(folder: Path) -> tuple[Branch, ...]:
+    """The branches in a folder, `main` first, each one examined.
+
+    Raises SourceNotFound, BadCheckpoint where the doctor finds an error or a branch has no card.
+    """
+    found = branch_folders(folder)
+    names = [f.name if f != folder else read_branch(f).name for f in found]
+    branches = [Branch(n, _files(f)) for n, f in zip(names, found, strict=True)]
+    for branch, path in zip(branches, found, strict=True):
+        _refuse_damaged(path)
+        if CARD not in branch.files:
+            raise BadCheckpoint(f"{path} has no card: type quantmill card {folder} first")
+    return tuple(sorted(branches, key=lambda b: (b.name != MAIN, b.name)))
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Every file that does not begin with a dot, nor lies below such a folder."""
+    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    shown = {n: p for n, p in paths.items() if not any(part.startswith(".") for part in n.split("/"))}
+    for name in shown:
+        if fault := path_fault(name):
+            raise BadRequest(f"{folder}: the path {name!a} {fault}: rename the file")
+    return {n: p for n, p in shown.items() if n != SUMS}
+
+
+def _refuse_damaged(folder: Path) -> None:
+    error = next((f for f in check(folder).findings if f.level is Level.ERROR), None)
+    if error:
+        raise BadCheckpoint(
+            f"{folder} is not fit to be published ({error.where}: {error.message}): "
+            f"type quantmill check {folder}"
+        )
+
+
+def publish(
+    branches: Sequence[Branch], name: str, api: HfApi, *, private: bool, notify: Notify
+) -> list[Published]:
+    """Bring every branch to the hub and prove that it is there.
+
+    Raises BadRequest (no right to, or public where private was asked for), SourceNotFound (hub out of reach),
+    QuantmillError where what the hub holds afterwards is not what was sent.
+    """
+    with in_our_words(name):
+        api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise BadRequest(
+                f"{name} exists already and is public: choose another name, or leave --private out"
+            )
+        _settle_xet(api, name)
+        return [_publish(branch, name, api, notify) for branch in branches]
+
+
+def _publish(branch: Branch, name: str, api: HfApi, notify: Notify) -> Published:
+    """One branch: only what differs is sent."""
+    local = {path: hash_file(file) for path, file in branch.files.items()}
+    sums = "".join(f"{local[p].sha256}  {p}\n" for p in sorted(local)).encode()
+    commit = _commit_of(api, name, branch.name)
+    remote = list_files(api, name, commit) if commit else {}
+    changed = [p for p in local if p not in remote or not local[p].same(remote[p])]
+    gone = [p for p in remote if p not in local and p not in (ATTRIBUTES, SUMS)]
+    stale = SUMS not in remote or remote[SUMS].size != len(sums)
+    sent = (*changed, *((SUMS,) if changed or gone or stale else ()))
+    if commit and not sent:
+        notify(f"{branch.name}: unchanged")
+    else:
+        notify(f"{branch.name}: sending {len(sent)} of {len(local) + 1} files")
+        parcel = _Parcel(branch, local, tuple(changed), tuple(gone), sums)
+        commit = _send(api, name, parcel, commit)
+        _prove(list_files(api, name, commit), local, f"{name}:{branch.name}")
+    return Published(branch.name, commit, branch.size, len(local) + 1, sent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parcel:
+    """What differs between a branch here and on the hub."""
+
+    branch: Branch
+    local: Mapping[str, Hashes]
+    changed: tuple[str, ...]
+    gone: tuple[str, ...]
+    sums: bytes
+
+    def additions(self) -> list[CommitOperationAdd]:
+        """New each time: huggingface_hub notes in them what it learned of one revision."""
+        from huggingface_hub import CommitOperationAdd
+
+        found = []
+        for path in self.changed:
+            addition = CommitOperationAdd(path, str(self.branch.files[path]))
+            addition.upload_info.sha256 = bytes.fromhex(self.local[path].sha256)  # else computed once more
+            found.append(addition)
+        return [*found, CommitOperationAdd(SUMS, self.sums)]
+
+
+def _commit_of(api: HfApi, name: str, branch: str) -> str | None:
+    """Where a branch is, None where there is none yet."""
+    return next((r.target_commit for r in api.list_repo_refs(name).branches if r.name == branch), None)
+
+
+def _send(api: HfApi, name: str, parcel: _Parcel, parent: str | None) -> str:
+    """Large files first, then the branch, then one commit: a reader never sees half of it."""
+    from huggingface_hub import CommitOperationDelete
+
+    branch = parcel.branch.name
+    try:
+        api.preupload_lfs_files(name, additions=parcel.additions(), revision=branch if parent else MAIN)
+    except RuntimeError as error:  # huggingface_hub wraps what went wrong with one file
+        raise error.__cause__ or error from None
+    if parent is None:
+        first = api.list_repo_commits(name)[-1].commit_id  # holds nothing, where main may hold other weights
+        api.create_branch(name, branch=branch, revision=first, exist_ok=True)
+    operations: list[Any] = [*parcel.additions(), *(CommitOperationDelete(p) for p in parcel.gone)]
+    done = api.create_commit(
+        name, operations, commit_message=f"{branch} by quantmill", revision=branch, parent_commit=parent
+    )
+    return str(done.oid)
+
+
+def _prove(remote: Mapping[str, RemoteFile], local: Mapping[str, Hashes], where: str) -> None:
+    """Every file on the hub has the hash that it has here. Raises QuantmillError."""
+    wrong = [p for p, h in local.items() if p not in remote or not h.same(remote[p])]
+    if wrong:
+        raise QuantmillError(f"{where} does not hold {wrong[0]} as it is here: type the same again")
+
+
+def _settle_xet(api: HfApi, name: str) -> None:
+    """Large files go by xet only where the hub has it: huggingface_hub does not ask, and fails without."""
+    from huggingface_hub import constants, get_session
+
+    headers = token_header(api)
+    answer = get_session().get(f"{api.endpoint}/api/models/{name}/xet-write-token/{MAIN}", headers=headers)
+    if answer.status_code == 404:
+        constants.HF_HUB_DISABLE_XET = True

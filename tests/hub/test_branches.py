@@ -1,0 +1,83 @@
+"""The table of a repository's branches, ours and other people's."""
+
+import json
+import shutil
+
+import pytest
+
+from branch_folders import eval_report
+from hub_folders import OTHER
+from quantmill.hub.branches import read_branches
+from quantmill.hub.machine import Machine
+from quantmill.hub.publish import publish
+from quantmill.hub.publish import read_branches as read_folders
+
+LARGE = Machine(ram=10**12, vram=None)
+
+
+@pytest.fixture
+def measured(two_branches, online, tmp_path):
+    """A repository with a measurement in each branch."""
+    folder = shutil.copytree(two_branches, tmp_path / "two")
+    for branch, loss in (("main", 0.01), (OTHER, 0.02)):
+        report = eval_report(loss, 6.0)
+        (folder / branch / "eval_report.json").write_text(json.dumps(report))
+        (folder / branch / "check_report.json").write_text(
+            json.dumps({"loaders": {"vllm": "yes", "x": "no"}})
+        )
+    publish(read_folders(folder), "me/measured", online, private=False, notify=lambda _: None)
+    return online
+
+
+def test_parameters_sizes_and_measurements(measured):
+    main, other = read_branches("me/measured", measured, LARGE)
+    assert (main.name, other.name) == ("main", OTHER)
+    row = other.to_json()
+    assert {k: row[k] for k in ("bits", "group_size", "desc_act", "mean_kl")} == {
+        "bits": 8,
+        "group_size": 32,
+        "desc_act": True,
+        "mean_kl": 0.02,
+    }
+    assert row["size_bytes"] > main.size > 200_000
+    assert main.loaders == ("vllm",)
+
+
+def test_the_least_measured_loss_that_fits_is_best(measured):
+    assert [b.best for b in read_branches("me/measured", measured, LARGE)] == [True, False]
+    none = read_branches("me/measured", measured, Machine(ram=10**8, vram=None))
+    assert [(b.fits, b.best) for b in none] == [("no", False)] * 2
+
+
+def test_other_peoples_branches_are_read_from_names_and_configs(online):
+    online.create_repo("you/theirs", exist_ok=True)
+    files = {
+        "main": {
+            "config.json": {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}
+        },
+        "gptq-8bit--1g-actorder_True": {},
+        "awq": {"config.json": {"quantization_config": {"quant_method": "awq", "bits": 4}}},
+        "odd": {"config.json": [1], "quantize_config.json": {"bits": 4, "group_size": 32, "desc_act": False}},
+    }
+    for branch in files:
+        online.create_branch("you/theirs", branch=branch, exist_ok=True)
+    for branch, papers in files.items():
+        for path, value in {**papers, "model.safetensors": [0]}.items():
+            data = json.dumps(value).encode()
+            online.upload_file(path_or_fileobj=data, path_in_repo=path, repo_id="you/theirs", revision=branch)
+    found = {b.name: b.config for b in read_branches("you/theirs", online, LARGE)}
+    assert (found["main"].bits, found["main"].group_size) == (4, 64)
+    assert (found["gptq-8bit--1g-actorder_True"].bits, found["gptq-8bit--1g-actorder_True"].group_size) == (
+        8,
+        -1,
+    )
+    assert found["awq"] is None
+    assert (found["odd"].group_size, found["odd"].desc_act) == (32, False)
+
+
+@pytest.mark.parametrize(
+    ("ram", "vram", "weights", "where"),
+    [(10**11, None, 10**10, "RAM"), (10**11, 2 * 10**10, 10**10, "GPU"), (10**9, None, 10**10, "no")],
+)
+def test_fits(ram, vram, weights, where):
+    assert Machine(ram, vram).fits(weights) == where
