@@ -125,5 +125,5 @@ def test_a_handful_of_kills(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_hundred_kills(tmp_path):
-    kill_rounds(tmp_path, int(os.environ.get("QUANTMILL_KILLS", "200")), seed=11)
+def test_many_kills(tmp_path):
+    kill_rounds(tmp_path, int(os.environ.get("QUANTMILL_KILLS", "40")), seed=11)
