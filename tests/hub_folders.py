@@ -38,6 +38,10 @@ def repository_folder(folder: Path) -> Path:
     return folder
 
 
+# The client library gives up after ten seconds; a busy test machine may take longer.
+PATIENT = {"HF_HUB_ETAG_TIMEOUT": "120", "HF_HUB_DOWNLOAD_TIMEOUT": "120"}
+
+
 @dataclass
 class Hub:
     """`quantmill hub` in a process of its own, on loopback."""
@@ -64,10 +68,10 @@ class Hub:
         return int(self.url.rpartition(":")[2])
 
     def wait(self) -> None:
-        """Until it answers, 10 s at most."""
+        """Until it answers, a minute at most."""
         import urllib.request
 
-        for _ in range(100):
+        for _ in range(600):
             try:
                 urllib.request.urlopen(f"{self.url}/api/healthy", timeout=5).close()
                 return
@@ -80,7 +84,7 @@ class Hub:
             self.process.kill()
         else:
             self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -89,10 +93,10 @@ class Hub:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-        return {**kept, **ours, **quiet, "NO_COLOR": "1", "GIT_TERMINAL_PROMPT": "0", **more}
+        return {**kept, **ours, **quiet, "NO_COLOR": "1", "GIT_TERMINAL_PROMPT": "0", **PATIENT, **more}
 
 
-def run(*words: object, env: Mapping[str, str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(*words: object, env: Mapping[str, str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """A client, to its end."""
     return subprocess.run(
         [str(w) for w in words], env=dict(env), capture_output=True, text=True, timeout=timeout, check=False

@@ -126,4 +126,4 @@ def test_a_handful_of_kills(tmp_path):
 
 @pytest.mark.slow
 def test_many_kills(tmp_path):
-    kill_rounds(tmp_path, int(os.environ.get("QUANTMILL_KILLS", "40")), seed=11)
+    kill_rounds(tmp_path, int(os.environ.get("QUANTMILL_KILLS", "15")), seed=11)
