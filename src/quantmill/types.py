@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -206,22 +208,40 @@ class SamplingParams:
 
     temperature: float = 0.7
     top_p: float = 0.95
-    top_k: int = 40
-    repetition_penalty: float = 1.1
+    top_k: int = 40  # 0: off
+    repetition_penalty: float = 1.1  # divides positive logits of tokens seen in prompt or answer; 1: off
     max_new_tokens: int = 512
     seed: int | None = None
+    min_p: float = 0.0  # tokens below this share of the likeliest one's probability are out; 0: off
+    typical_p: float = 1.0  # locally typical sampling; 1: off
+    presence_penalty: float = 0.0  # subtracted once for tokens of the answer
+    frequency_penalty: float = 0.0  # subtracted for every occurrence in the answer
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives to report per token; None: no log probabilities
+    n: int = 1  # answers wanted
+    best_of: int | None = None  # answers drawn, of which the n likeliest are given
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise BadRequest(f"temperature is {self.temperature}; use 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise BadRequest(f"top_p is {self.top_p}; it lies above 0 and at most at 1")
-        if self.top_k < 0:
-            raise BadRequest(f"top_k is {self.top_k}; use 0 (off) or more")
-        if self.repetition_penalty <= 0:
-            raise BadRequest(f"repetition_penalty is {self.repetition_penalty}; use 1 (off) or more")
-        if self.max_new_tokens < 1:
-            raise BadRequest(f"max_new_tokens is {self.max_new_tokens}; use 1 or more")
+        rules = (
+            ("temperature", 0 <= self.temperature < math.inf, "use 0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "it lies above 0 and at most at 1"),
+            ("top_k", self.top_k >= 0, "use 0 (off) or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "use 1 (off) or more"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "use 1 or more"),
+            ("min_p", 0 <= self.min_p <= 1, "it lies from 0 (off) to 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "it lies above 0 and at most at 1 (off)"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "it lies from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "it lies from -2 to 2"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "use 0 to 20"),
+            ("n", 1 <= self.n <= 128, "use 1 to 128"),
+            ("best_of", self.best_of is None or self.n <= self.best_of <= 128, "use n to 128"),
+        )
+        for name, fine, cure in rules:
+            if not fine:
+                raise BadRequest(f"{name} is {getattr(self, name)}; {cure}")
 
 
 Json = dict[str, Any]

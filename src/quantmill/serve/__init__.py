@@ -1,0 +1,1 @@
+"""Models over HTTP: an OpenAI-compatible API and a web UI."""
