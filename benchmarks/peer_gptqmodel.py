@@ -51,6 +51,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--damp", type=float, default=0.1)
+    parser.add_argument("--gar", action="store_true", help="group-aware order instead of act order")
+    parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--mse", type=float, default=0.0, help="power of its grid search; 0: none, its default")
+    parser.add_argument("--gptaq", type=float, help="strength of its correction for earlier layers")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, help="only the first so many blocks")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()
@@ -59,16 +64,21 @@ def parse() -> argparse.Namespace:
 def quantize(arguments: argparse.Namespace, blocks: Any) -> dict[str, float]:
     """Load, quantise, save; the seconds of each."""
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.quantization.config import GPTAQConfig
 
     config = QuantizeConfig(
         bits=arguments.bits,
         group_size=arguments.group_size,
-        desc_act=True,
-        sym=True,
+        desc_act=not arguments.gar,
+        act_group_aware=arguments.gar,
+        sym=not arguments.asym,
         damp_percent=arguments.damp,
+        mse=arguments.mse,
+        gptaq=None if arguments.gptaq is None else GPTAQConfig(alpha=arguments.gptaq),
+        offload_to_disk=False,
     )
     times = [time.perf_counter()]
-    model = GPTQModel.load(str(arguments.model), config, device="cpu", backend=BACKEND.AUTO)
+    model = GPTQModel.load(str(arguments.model), config, device=arguments.device, backend=BACKEND.AUTO)
     times.append(time.perf_counter())
     ones = [1] * blocks.shape[1]
     model.quantize([{"input_ids": ids.tolist(), "attention_mask": ones} for ids in blocks], batch_size=1)

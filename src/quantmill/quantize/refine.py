@@ -1,0 +1,216 @@
+"""One linear group under preset best: its goal in moments -> codes and scales, every choice made on held-out loss.
+
+    shift the target -> (damping, order) tried -> LDLQ -> (coordinate descent, scale refit) x rounds
+
+The shift: with H = E[x x^T] and R = E[y x^T], the wanted outputs y are met, up to a constant, by rounding
+T = W + a (R - W H)(H + lam I)^-1 as plain GPTQ would round W (a = 1; QEP and GPTAQ are special cases). Pure
+functions of tensors: knows no models, no files, no device in particular.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantmill.quantize.descent import descend_block_torch
+from quantmill.quantize.moments import Goal, pooled
+from quantmill.quantize.presets import Recipe
+from quantmill.quantize.solver import (
+    BLOCK,
+    Factor,
+    Solution,
+    dequantize,
+    factorise,
+    refit,
+    refuse_non_finite,
+    relative_loss,
+    round_to_grid,
+    split_rows,
+)
+from quantmill.types import ActOrder, IntLinear, QuantConfig
+
+ORDERS = {"static": ActOrder.STATIC, "group-aware": ActOrder.GROUP_AWARE}
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One way to round a group: what was chosen, and how it did."""
+
+    linear: IntLinear
+    target: Tensor  # T (N, K) float32
+    factor: Factor
+    fallback: str | None
+    order: str
+    shifts: tuple[float, ...]  # per module
+    loss: Tensor  # (N,) float64 on the judge's tokens
+
+
+def solve_best(
+    weights: Sequence[Tensor], fit: Goal, held: Goal | None, config: QuantConfig, recipe: Recipe
+) -> list[Solution]:
+    """Quantise linears that read the same inputs. weights: (N_i, K) float32; goals of the stacked rows.
+
+    Without held-out tokens the fit tokens judge. Raises BadCheckpoint for NaN or infinity.
+    """
+    W, rows = torch.cat(list(weights)), [len(w) for w in weights]
+    refuse_non_finite(W, fit.H)
+    judge = held or fit
+    attempts = [
+        attempt
+        for damp in recipe.damps or (config.damp_percent,)
+        for attempt in _attempts(W, rows, fit, judge, replace(config, damp_percent=damp), recipe)
+    ]
+    best = min(attempts, key=lambda a: float(a.loss.sum()))
+    if recipe.pooled and held is not None:
+        best = _again(W, rows, pooled(fit, held), best, config)
+    linear, steps = polish(best, rows, judge, config, recipe.rounds)
+    return _report(weights, rows, linear, fit, best, steps)
+
+
+def _attempts(
+    W: Tensor, rows: list[int], fit: Goal, judge: Goal, config: QuantConfig, recipe: Recipe
+) -> list[Attempt]:
+    orders = recipe.orders if config.act_order is ActOrder.STATIC else ("as asked",)
+    found = []
+    step = None
+    for order in orders:
+        asked = replace(config, act_order=ORDERS.get(order, config.act_order))
+        factor, fallback = factorise(fit.H, asked)
+        step = shift_step(W, fit, factor.damped) if step is None else step
+        shifts = choose_shifts(W, step, rows, judge, recipe.shifts)
+        T = W + per_row(shifts, rows, W.device) * step
+        linear = round_to_grid(T, factor, asked)
+        loss = judge.loss(dequantize(linear))
+        found.append(Attempt(linear, T, factor, fallback, order, shifts, loss))
+    return found
+
+
+def _again(W: Tensor, rows: list[int], goal: Goal, chosen: Attempt, config: QuantConfig) -> Attempt:
+    """The chosen attempt once more, on all tokens."""
+    asked = replace(
+        config,
+        damp_percent=chosen.factor.damp_percent,
+        act_order=ORDERS.get(chosen.order, config.act_order),
+    )
+    factor, fallback = factorise(goal.H, asked)
+    T = W + per_row(chosen.shifts, rows, W.device) * shift_step(W, goal, factor.damped)
+    linear = round_to_grid(T, factor, asked)
+    return Attempt(linear, T, factor, fallback, chosen.order, chosen.shifts, goal.loss(dequantize(linear)))
+
+
+def shift_step(W: Tensor, goal: Goal, damped: Tensor) -> Tensor:
+    """(R - W H)(H + lam I)^-1, (N, K) float32: the full shift of the target."""
+    gap = (goal.R - W @ goal.H).double()
+    L = torch.linalg.cholesky(damped.double())
+    return torch.cholesky_solve(gap.T, L).T.float().contiguous()
+
+
+def choose_shifts(
+    W: Tensor, step: Tensor, rows: list[int], judge: Goal, strengths: Sequence[float]
+) -> tuple[float, ...]:
+    """Per module the strength with the least loss of the unrounded target W + a step."""
+    if len(strengths) == 1:
+        return (strengths[0],) * len(rows)
+    linear_part = (2 * (W @ judge.H - judge.R) * step).sum(1, dtype=torch.float64)
+    square_part = ((step @ judge.H) * step).sum(1, dtype=torch.float64)
+    chosen = []
+    for a, b in zip(linear_part.split(rows), square_part.split(rows), strict=True):
+        slope, bend = float(a.sum()), float(b.sum())
+        chosen.append(min(strengths, key=lambda s: s * slope + s * s * bend))
+    return tuple(chosen)
+
+
+def per_row(values: Sequence[float], rows: list[int], device: torch.device) -> Tensor:
+    """One value per module -> one per stacked row, (N, 1)."""
+    counts = torch.tensor(rows, device=device)
+    return torch.repeat_interleave(torch.tensor(values, device=device), counts)[:, None]
+
+
+def polish(
+    start: Attempt, rows: list[int], judge: Goal, config: QuantConfig, rounds: int
+) -> tuple[IntLinear, list[int]]:
+    """(descent, refit) x rounds; a module keeps a step only if its loss on the judge's tokens falls.
+
+    Returns the linear and how many steps each module kept.
+    """
+    linear, loss = start.linear, judge.loss(dequantize(start.linear))
+    kept = [0] * len(rows)
+    steps: tuple[Callable[[IntLinear], IntLinear], ...] = (
+        lambda now: refit(start.target, start.factor.damped, now),
+        lambda now: descend(start.target, start.factor.damped, now, config.max_code),
+    )
+    for step in [steps[0], *(s for _ in range(rounds) for s in (steps[1], steps[0]))]:
+        tried = step(linear)
+        after = judge.loss(dequantize(tried))
+        falls = [
+            float(b.sum()) < float(a.sum()) for a, b in zip(loss.split(rows), after.split(rows), strict=True)
+        ]
+        kept = [k + f for k, f in zip(kept, falls, strict=True)]
+        if not any(falls):
+            continue
+        take = per_row([float(f) for f in falls], rows, loss.device)[:, 0] > 0
+        linear, loss = _merge(take, tried, linear), torch.where(take, after, loss)
+    return linear, kept
+
+
+def _merge(take: Tensor, new: IntLinear, old: IntLinear) -> IntLinear:
+    pick = take[:, None]
+    return IntLinear(
+        torch.where(pick, new.codes, old.codes),
+        torch.where(pick, new.scales, old.scales),
+        torch.where(pick, new.zeros, old.zeros),
+        old.g_idx,
+    )
+
+
+def descend(T: Tensor, H: Tensor, linear: IntLinear, max_code: int) -> IntLinear:
+    """One sweep of coordinate descent over all columns, most active first. T (N, K), H (K, K) float32."""
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    g = linear.g_idx.long()[order]
+    scales, zeros = linear.scales.float(), linear.zeros.float()
+    Hp, E = H[order][:, order], (T - dequantize(linear))[:, order]
+    Tp, codes = T[:, order], torch.empty_like(linear.codes)
+    block = _descender(T.device)
+    for i in range(0, T.shape[1], BLOCK):
+        now = slice(i, min(i + BLOCK, T.shape[1]))
+        s, z = scales[:, g[now]], zeros[:, g[now]]
+        codes[:, order[now]], values = block(
+            Tp[:, now] - E[:, now], E @ Hp[:, now], Hp[now, now], s, z, max_code
+        )
+        E[:, now] = Tp[:, now] - values
+    return IntLinear(codes, linear.scales, linear.zeros, linear.g_idx)
+
+
+Descender = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _descender(device: torch.device) -> Descender:
+    if device.type == "cpu":
+        from quantmill.quantize.descent_numba import descend_block_numba
+
+        return descend_block_numba
+    return descend_block_torch
+
+
+def _report(
+    weights: Sequence[Tensor],
+    rows: list[int],
+    linear: IntLinear,
+    fit: Goal,
+    chosen: Attempt,
+    steps: list[int],
+) -> list[Solution]:
+    parts = split_rows(linear, rows)
+    return [
+        Solution(
+            part,
+            relative_loss(w, dequantize(part), fit.H),
+            chosen.factor.damp_percent,
+            chosen.fallback,
+            f"damp {chosen.factor.damp_percent:g}, {chosen.order}, shift {shift:g}, {kept} refinements",
+        )
+        for w, part, shift, kept in zip(weights, parts, chosen.shifts, steps, strict=True)
+    ]
