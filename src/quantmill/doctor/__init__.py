@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quantmill.checkpoint import open_checkpoint
 from quantmill.doctor.facts import gather
-from quantmill.doctor.folder_rules import PAPER_RULES, TENSOR_RULES
+from quantmill.doctor.folder_rules import PAPER_RULES, TENSOR_RULES, manifest_findings
 from quantmill.doctor.mend import fix
 from quantmill.doctor.quant_rules import LABEL_RULES, PACKED_RULES
 from quantmill.doctor.readers import READERS, verdicts
@@ -21,8 +21,8 @@ from quantmill.types import CheckReport, Finding, Level
 __all__ = ["check", "fix"]
 
 
-def check(folder: Path) -> CheckReport:
-    """Everything that can be said of a model folder without running it.
+def check(folder: Path, *, hashes: bool = True) -> CheckReport:
+    """Everything that can be said of a model folder without running it; `hashes`: its manifest, too.
 
     A folder that cannot be opened gives a report with one error. Raises SourceNotFound if there is none.
     """
@@ -36,6 +36,7 @@ def check(folder: Path) -> CheckReport:
     facts = gather(checkpoint)
     of_tensors = [f for rule in TENSOR_RULES for f in rule(facts)]
     of_papers = [f for rule in PAPER_RULES for f in rule(facts)]
+    of_papers += list(manifest_findings(folder)) if hashes else []
     if facts.config is not None:
         of_tensors += [f for rule in PACKED_RULES for f in rule(facts, facts.config)]
         of_papers += [f for rule in LABEL_RULES for f in rule(facts, facts.config)]

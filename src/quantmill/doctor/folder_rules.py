@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from quantmill import manifest
 from quantmill.doctor.facts import Facts
 from quantmill.doctor.lines import NAMED, error, ok, some, warning
 from quantmill.errors import BadCheckpoint
@@ -160,6 +161,29 @@ def _embeddings(facts: Facts) -> Iterator[Finding]:
         if has_head:
             yield warning("lm_head", "stored, though tie_word_embeddings makes loaders ignore it: remove it")
     yield ok("embeddings", f"embeddings and norms are there, {head}")
+
+
+def manifest_findings(folder: Path) -> Iterator[Finding]:
+    """Every file against the hash that its maker noted. Reads all of the folder."""
+    try:
+        sums = manifest.read_manifest(folder)
+    except BadCheckpoint as fault:
+        yield error(manifest.NAME, str(fault))
+        return
+    if sums is None:
+        return
+    found = {n: manifest.sha256_of(p) for n, p in manifest.files_of(folder).items() if n in sums}
+    changed = manifest.differing(sums, found)
+    weights = [n for n in changed if n.endswith(".safetensors")]
+    others = [n for n in changed if n not in weights]
+    if weights:
+        yield error(
+            some(weights), f"not what {manifest.NAME} says: damaged or replaced; make or download again"
+        )
+    if others:
+        yield warning(some(others), f"not what {manifest.NAME} says: changed by hand, or lost")
+    if not changed:
+        yield ok(manifest.NAME, f"{len(sums)} files have the hashes that their maker noted")
 
 
 # An error of the first is damage that no loader survives.

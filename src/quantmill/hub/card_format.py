@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import PurePath
 
+from quantmill.portable import public_command, public_name
 from quantmill.types import EvalReport
+
+__all__ = [
+    "NOT_MEASURED",
+    "NOT_RECORDED",
+    "code",
+    "duration",
+    "kl_with_interval",
+    "markdown_table",
+    "or_missing",
+    "percent",
+    "public_command",
+    "public_name",
+    "size",
+]
 
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
@@ -46,24 +59,6 @@ def kl_with_interval(report: EvalReport) -> str:
 
 def code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-def public_name(text: str) -> str:
-    """A path on the maker's machine without its folders; anything else as it is."""
-    return PurePath(text).name if text.startswith(("/", "~")) else text
-
-
-def public_command(command: str) -> str:
-    """A command with its absolute paths cut short: it shows what was asked for, not whose disk it was."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # an odd quote
-        words = command.split()
-    short = []
-    for word in words:
-        option, equals, value = word.partition("=")
-        short.append(f"{option}={public_name(value)}" if equals else public_name(word))
-    return shlex.join(short)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

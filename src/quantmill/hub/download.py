@@ -10,16 +10,16 @@ layout are huggingface_hub's business.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from quantmill.errors import BadRequest, QuantmillError, SourceNotFound
+from quantmill.hub import wire
 from quantmill.hub.remote import (
     RemoteFile,
     hash_file,
@@ -28,6 +28,7 @@ from quantmill.hub.remote import (
     token_header,
     transport_errors,
 )
+from quantmill.hub.streams import Digest, pump, write_all
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -130,6 +131,7 @@ def fetch(plan: Plan, api: HfApi, advance: Advance) -> Path:
     large = [f for f in plan.missing if f.sha256 and not f.xet]
     with in_our_words(place.name), ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda f: _fetch_large(f, plan, api, advance), large))
+        _note_proved(plan, large)
         folder = Path(
             snapshot_download(
                 place.name,
@@ -148,46 +150,55 @@ def fetch(plan: Plan, api: HfApi, advance: Advance) -> Path:
     return folder
 
 
+def _note_proved(plan: Plan, files: Sequence[RemoteFile]) -> None:
+    """Let huggingface_hub know what lies in a folder already: it would hash all of it once more."""
+    from huggingface_hub._local_folder import write_download_metadata
+
+    if plan.place.local is not None:
+        for file in files:
+            write_download_metadata(plan.place.local, file.path, plan.commit, file.etag)
+
+
 def _fetch_large(file: RemoteFile, plan: Plan, api: HfApi, advance: Advance) -> None:
     """One file, from where an earlier run stopped; it gets its name when it has its hash."""
     partial, target = plan.place.partial(file), plan.place.target(file)
     for folder in (partial.parent, target.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab") as stream:
+    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as stream:
+        stream.seek(0, os.SEEK_END)
         fcntl.flock(stream, fcntl.LOCK_EX)  # two runs of the same download take turns
         if _there(target, file):
             return
         advance(min(stream.tell(), file.size) - _begun(partial))
-        hasher = _Hasher(stream, partial)
-        _append(hasher, file, plan, api, advance)
-        stream.flush()
-        os.fsync(stream.fileno())
-        if hasher.digest.hexdigest() != file.sha256:
+        with Digest(stream) as digest:
+            _append(_Part(stream, digest), file, plan, api, advance)
+            os.fsync(stream.fileno())
+            found = digest.hexdigest(file.size)
+        if found != file.sha256:
             partial.unlink()
             raise QuantmillError(f"{file.path} came with another hash than the hub says: type the same again")
         partial.replace(target)
 
 
-class _Hasher:
-    """A partial file and the hash of all that it holds, kept up as it grows."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A partial file, and the digest that follows it as it grows."""
 
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
-        self.stream, self.size = stream, stream.tell()
-        with path.open("rb") as begun:
-            self.digest = hashlib.file_digest(begun, "sha256")
+    stream: BinaryIO
+    digest: Digest
 
-    def write(self, data: bytes) -> None:
-        self.stream.write(data)
-        self.digest.update(data)
-        self.size += len(data)
+    @property
+    def size(self) -> int:
+        return self.stream.tell()
 
     def restart(self) -> None:
         """Forget everything."""
-        self.stream.truncate(0)
-        self.digest, self.size = hashlib.sha256(), 0
+        self.stream.seek(0)
+        self.stream.truncate()
+        self.digest.restart()
 
 
-def _append(out: _Hasher, file: RemoteFile, plan: Plan, api: HfApi, advance: Advance) -> None:
+def _append(out: _Part, file: RemoteFile, plan: Plan, api: HfApi, advance: Advance) -> None:
     """Fetch what is missing at the end; a connection that breaks is followed by the next one."""
     if out.size > file.size:
         out.restart()
@@ -203,26 +214,61 @@ def _append(out: _Hasher, file: RemoteFile, plan: Plan, api: HfApi, advance: Adv
                 ) from None
 
 
-def _stream(out: _Hasher, file: RemoteFile, plan: Plan, api: HfApi, advance: Advance) -> None:
+def _stream(out: _Part, file: RemoteFile, plan: Plan, api: HfApi, advance: Advance) -> None:
     """One connection. Raises transport_errors(), and QuantmillError for a refusal."""
-    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(plan.place.name, file.path, revision=plan.commit, endpoint=api.endpoint)
-    headers = token_header(api) | {
-        "Range": f"bytes={out.size}-",
-        "Accept-Encoding": "identity",
-    }
+    headers = token_header(api) | {"Range": f"bytes={out.size}-", "Accept-Encoding": "identity"}
+    if not wire.is_direct(url) or not _stream_direct(out, file, url, headers, advance):
+        _stream_by_client(out, file, url, headers, advance)
+
+
+def _stream_direct(
+    out: _Part, file: RemoteFile, url: str, headers: Mapping[str, str], advance: Advance
+) -> bool:
+    """Over a connection of our own. False where the hub sends us elsewhere, or has objections: nothing came."""
+    with wire.connection(url) as (link, target):
+        link.request("GET", target, headers=dict(headers))
+        answer = link.getresponse()
+        if answer.status not in (200, 206):
+            return False
+        body = wire.body_of(link, answer)
+        if body is None:
+            return False
+        _settle(out, answer.status, body.left, file)
+
+        pump(body, out.stream, out.digest, file.size - out.size, advance)
+        if out.size < file.size:
+            raise ConnectionError("the connection ended too early")
+    return True
+
+
+def _settle(out: _Part, status: int, length: int, file: RemoteFile) -> None:
+    """Take the head of an answer: where ranges are not known, from the start. Raises QuantmillError: too long."""
+    if status != 206:
+        out.restart()
+    if length >= 0 and out.size + length > file.size:
+        raise QuantmillError(f"{file.path} is longer than the hub says: type the same again")
+
+
+def _stream_by_client(
+    out: _Part, file: RemoteFile, url: str, headers: dict[str, str], advance: Advance
+) -> None:
+    """Over huggingface_hub's client: TLS, proxies, redirections."""
+    from huggingface_hub import get_session
+
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30) as answer:
         if answer.status_code >= 400:
             raise QuantmillError(
                 f"the hub answered {answer.status_code} for {file.path}: type the same again"
             )
-        if answer.status_code != 206:  # ranges are not known there: from the start
-            out.restart()
+        _settle(out, answer.status_code, -1, file)
         for chunk in answer.iter_raw():
             if out.size + len(chunk) > file.size:
                 raise QuantmillError(f"{file.path} is longer than the hub says: type the same again")
-            out.write(chunk)
+            write_all(out.stream, memoryview(chunk))
+            out.digest.grown_to(out.size)
             advance(len(chunk))
 
 

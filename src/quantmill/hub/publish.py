@@ -9,15 +9,18 @@ Goes through huggingface_hub, to any endpoint, and never sees a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantmill import manifest
 from quantmill.doctor import check
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError
 from quantmill.hub.card_facts import branch_folders, read_branch
 from quantmill.hub.paths import path_fault
 from quantmill.hub.remote import Hashes, RemoteFile, hash_file, in_our_words, list_files, token_header
+from quantmill.hub.upload import Uploads
 from quantmill.hub.variants import MAIN
 from quantmill.types import Level
 
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 ATTRIBUTES = ".gitattributes"  # the hub's own
-SUMS = "SHA256SUMS"  # what `sha256sum -c` reads
+WORKERS = 4  # branches that are hashed and sent at once: while one is sent, the next one is hashed
+SUMS = manifest.NAME
 
 Notify = Callable[[str], None]
 
@@ -37,6 +41,7 @@ class Branch:
 
     name: str
     files: Mapping[str, Path]
+    sums: Mapping[str, str] = field(default_factory=dict)  # the maker's, of some files or none
 
     @property
     def size(self) -> int:
@@ -62,7 +67,9 @@ def read_branches(folder: Path) -> tuple[Branch, ...]:
     """
     found = branch_folders(folder)
     names = [f.name if f != folder else read_branch(f).name for f in found]
-    branches = [Branch(n, _files(f)) for n, f in zip(names, found, strict=True)]
+    branches = [
+        Branch(n, _files(f), manifest.read_manifest(f) or {}) for n, f in zip(names, found, strict=True)
+    ]
     for branch, path in zip(branches, found, strict=True):
         _refuse_damaged(path)
         if CARD not in branch.files:
@@ -72,16 +79,15 @@ def read_branches(folder: Path) -> tuple[Branch, ...]:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Every file that does not begin with a dot, nor lies below such a folder."""
-    paths = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    shown = {n: p for n, p in paths.items() if not any(part.startswith(".") for part in n.split("/"))}
+    shown = manifest.files_of(folder)
     for name in shown:
         if fault := path_fault(name):
             raise BadRequest(f"{folder}: the path {name!a} {fault}: rename the file")
-    return {n: p for n, p in shown.items() if n != SUMS}
+    return shown
 
 
 def _refuse_damaged(folder: Path) -> None:
-    error = next((f for f in check(folder).findings if f.level is Level.ERROR), None)
+    error = next((f for f in check(folder, hashes=False).findings if f.level is Level.ERROR), None)
     if error:
         raise BadCheckpoint(
             f"{folder} is not fit to be published ({error.where}: {error.message}): "
@@ -97,23 +103,63 @@ def publish(
     Raises BadRequest (no right to, or public where private was asked for), SourceNotFound (hub out of reach),
     QuantmillError where what the hub holds afterwards is not what was sent.
     """
+    with ThreadPoolExecutor(WORKERS) as pool:
+        hashed = list(pool.map(_hash, branches))
     with in_our_words(name):
         api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(name).private:
             raise BadRequest(
                 f"{name} exists already and is public: choose another name, or leave --private out"
             )
-        _settle_xet(api, name)
-        return [_publish(branch, name, api, notify) for branch in branches]
+        xet = _settle_xet(api, name)
+        uploads = None if xet else Uploads(name, api)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            prepared = pool.map(lambda b, local: _prepare(b, local, name, api, uploads), branches, hashed)
+            return [_publish(ready, name, api, notify) for ready in prepared]
 
 
-def _publish(branch: Branch, name: str, api: HfApi, notify: Notify) -> Published:
-    """One branch: only what differs is sent."""
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A branch here, hashed, and on the hub; its large files are on their way or there."""
+
+    branch: Branch
+    local: Mapping[str, Hashes]
+    commit: str | None
+    remote: Mapping[str, RemoteFile]
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        return tuple(p for p, h in self.local.items() if p not in self.remote or not h.same(self.remote[p]))
+
+
+def _hash(branch: Branch) -> dict[str, Hashes]:
+    """Every file. Raises BadCheckpoint where the weights are not those that were made."""
     local = {path: hash_file(file) for path, file in branch.files.items()}
-    sums = "".join(f"{local[p].sha256}  {p}\n" for p in sorted(local)).encode()
+    listed = {p: s for p, s in branch.sums.items() if p.endswith(".safetensors")}
+    if wrong := manifest.differing(listed, {p: h.sha256 for p, h in local.items()}):
+        raise BadCheckpoint(
+            f"{branch.name}: {wrong[0]} is not what its {SUMS} says, so it was damaged or replaced: make it again"
+        )
+    return local
+
+
+def _prepare(
+    branch: Branch, local: Mapping[str, Hashes], name: str, api: HfApi, uploads: Uploads | None
+) -> _Prepared:
+    """Compare, and bring large files that differ to the hub; the branch stays as it is."""
     commit = _commit_of(api, name, branch.name)
-    remote = list_files(api, name, commit) if commit else {}
-    changed = [p for p in local if p not in remote or not local[p].same(remote[p])]
+    ready = _Prepared(branch, local, commit, list_files(api, name, commit) if commit else {})
+    if uploads is not None:
+        for path in ready.changed:
+            uploads.send(branch.files[path], local[path])
+    return ready
+
+
+def _publish(ready: _Prepared, name: str, api: HfApi, notify: Notify) -> Published:
+    """One branch: only what differs is sent."""
+    branch, local, remote, commit = ready.branch, ready.local, ready.remote, ready.commit
+    sums = manifest.manifest_text({p: h.sha256 for p, h in local.items()}).encode()
+    changed = ready.changed
     gone = [p for p in remote if p not in local and p not in (ATTRIBUTES, SUMS)]
     stale = SUMS not in remote or remote[SUMS].size != len(sums)
     sent = (*changed, *((SUMS,) if changed or gone or stale else ()))
@@ -121,10 +167,10 @@ def _publish(branch: Branch, name: str, api: HfApi, notify: Notify) -> Published
         notify(f"{branch.name}: unchanged")
     else:
         notify(f"{branch.name}: sending {len(sent)} of {len(local) + 1} files")
-        parcel = _Parcel(branch, local, tuple(changed), tuple(gone), sums)
+        parcel = _Parcel(branch, local, changed, tuple(gone), sums)
         commit = _send(api, name, parcel, commit)
         _prove(list_files(api, name, commit), local, f"{name}:{branch.name}")
-    return Published(branch.name, commit, branch.size, len(local) + 1, sent)
+    return Published(branch.name, str(commit), branch.size, len(local) + 1, sent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +226,7 @@ def _prove(remote: Mapping[str, RemoteFile], local: Mapping[str, Hashes], where:
         raise QuantmillError(f"{where} does not hold {wrong[0]} as it is here: type the same again")
 
 
-def _settle_xet(api: HfApi, name: str) -> None:
+def _settle_xet(api: HfApi, name: str) -> bool:
     """Large files go by xet only where the hub has it: huggingface_hub does not ask, and fails without."""
     from huggingface_hub import constants, get_session
 
@@ -188,3 +234,4 @@ def _settle_xet(api: HfApi, name: str) -> None:
     answer = get_session().get(f"{api.endpoint}/api/models/{name}/xet-write-token/{MAIN}", headers=headers)
     if answer.status_code == 404:
         constants.HF_HUB_DISABLE_XET = True
+    return answer.status_code != 404

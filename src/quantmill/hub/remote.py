@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from quantmill.hub.paths import path_fault
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-READ = 1 << 22  # bytes
+AT_ONCE = 1 << 20  # bytes
 LARGE = 100_000_000  # bytes from which no hub keeps a file in git itself
 
 
@@ -51,14 +52,19 @@ class Hashes:
 
 
 def hash_file(path: Path) -> Hashes:
-    """Both hashes in one reading."""
+    """Both hashes in one reading, without a copy: the file must not be cut meanwhile."""
     size = path.stat().st_size
     large, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb", buffering=0) as stream:
-        while chunk := stream.read(READ):
-            large.update(chunk)
-            if size < LARGE:
-                git.update(chunk)
+    with path.open("rb") as stream:
+        if size:
+            with (
+                mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ) as mapped,
+                memoryview(mapped) as view,
+            ):
+                for begin in range(0, size, AT_ONCE):
+                    large.update(view[begin : begin + AT_ONCE])
+                    if size < LARGE:
+                        git.update(view[begin : begin + AT_ONCE])
     return Hashes(size, large.hexdigest(), git.hexdigest() if size < LARGE else "")
 
 

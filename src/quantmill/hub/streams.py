@@ -1,18 +1,28 @@
 """Bytes on their way, hashed as they pass: both ends of an upload and of a download. Knows no protocol.
 
-hashlib lets other threads run, so the hash of one piece is computed while the next one is read and written.
+hashlib lets other threads run, so one thread hashes what another has just written, out of the page cache.
+Sockets block in the kernel until a piece is full: every return to Python is a wait for its lock.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from io import BufferedReader
+from queue import SimpleQueue
 from types import TracebackType
 from typing import BinaryIO, Protocol
 
-PIECE = 1 << 20  # bytes at a time: two of them stay in a core's cache
+PIECE = 1 << 20  # bytes at a time
+
+WINDOW = 32 << 20  # bytes after which the disk is set to work
 
 
 class Source(Protocol):
@@ -22,33 +32,85 @@ class Source(Protocol):
         """Fill a buffer as far as there is something; how many bytes, 0 at the end."""
 
 
+class SocketSource:
+    """The next `count` bytes of a blocking socket, of which a buffered reader may hold the first."""
+
+    def __init__(self, connection: socket.socket, reader: BufferedReader, count: int) -> None:
+        self.connection, self.reader, self.left = connection, reader, count
+        self.buffered = True  # perhaps
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Raises ConnectionError where the other side stops, TimeoutError where it is silent (see `patient`)."""
+        wanted = min(len(buffer), self.left)
+        if not wanted:
+            return 0
+        if self.buffered:
+            begun = len(self.reader.peek())
+            count = self.reader.readinto(buffer[: min(wanted, begun)])
+            self.buffered = begun > count
+        else:
+            count = receive(self.connection, buffer[:wanted])
+        if not count:
+            raise ConnectionResetError("the other side stopped in the middle")
+        self.left -= count
+        return count
+
+
+def receive(connection: socket.socket, buffer: memoryview) -> int:
+    """Fill a buffer from a blocking socket; less only at its end. Raises TimeoutError."""
+    try:
+        return connection.recv_into(buffer, 0, socket.MSG_WAITALL)
+    except BlockingIOError:
+        raise TimeoutError("the other side is silent") from None
+
+
+def patient(connection: socket.socket, seconds: int) -> None:
+    """Let a socket block in the kernel, but not for longer than that. A silent one ends with BlockingIOError."""
+    limit = struct.pack("@ll", seconds, 0)
+    connection.settimeout(None)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
 class Digest:
-    """A sha256 that is computed in a thread of its own. To be closed, or used with `with`."""
+    """The sha256 of a file that grows, computed in a thread that follows its end. To be used with `with`."""
 
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self._done = file.fileno(), hashlib.sha256(), 0
+        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
 
-    def update(self, data: memoryview | bytes) -> None:
-        """Take the next bytes; they may change only after the call that follows this one."""
-        self._settle()
-        self._pending = self._thread.submit(self._hash.update, data)
+    def _work(self) -> None:
+        while (order := self._orders.get()) is not None:
+            order()
 
-    def hexdigest(self) -> str:
-        """Of everything so far."""
-        self._settle()
-        return self._hash.hexdigest()
+    def _hash_to(self, end: int) -> None:
+        buffer = memoryview(bytearray(min(PIECE, max(1, end - self._done))))
+        while self._done < end:
+            count = os.preadv(self._file, [buffer[: end - self._done]], self._done)
+            if not count:
+                break
+            self._hash.update(buffer[:count])
+            self._done += count
+
+    def _forget(self) -> None:
+        self._hash, self._done = hashlib.sha256(), 0
+
+    def grown_to(self, end: int) -> None:
+        """The file holds `end` bytes now."""
+        self._orders.put(lambda: self._hash_to(end))
 
     def restart(self) -> None:
-        """Forget everything."""
-        self._settle()
-        self._hash = hashlib.sha256()
+        """The file is empty now."""
+        self._orders.put(self._forget)
 
-    def _settle(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+    def hexdigest(self, end: int) -> str:
+        """Of the first `end` bytes, when the thread has come that far."""
+        found: SimpleQueue[str] = SimpleQueue()
+        self.grown_to(end)
+        self._orders.put(lambda: found.put(self._hash.hexdigest()))
+        return found.get()
 
     def __enter__(self) -> Digest:
         return self
@@ -59,27 +121,92 @@ class Digest:
         self.close()
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """End the thread, when it has come to the end."""
+        self._orders.put(None)
+        self._thread.join()
 
 
 def pump(source: Source, sink: BinaryIO, digest: Digest, most: int, advance: Callable[[int], None]) -> int:
-    """Move up to `most` bytes, through the hash. Returns how many there were; `advance` hears of every piece."""
-    buffers = [memoryview(bytearray(min(PIECE, max(1, most)))) for _ in range(2)]
-    moved = 0
-    while moved < most:
-        buffer = buffers[0][: most - moved]
-        count = source.readinto(buffer)
-        if not count:
-            break
-        digest.update(buffer[:count])
-        sink.write(buffer[:count])
-        moved += count
+    """Append up to `most` bytes to a file, its digest following. Returns how many there were.
+
+    `advance` hears of every piece. Raises what the source raises; what came until then is in the file.
+    """
+    begin = written = at_work = hashing = sink.tell()
+    for count in _appended(source, sink, most):
+        written += count
         advance(count)
-        buffers.reverse()
-    return moved
+        if written - hashing >= PIECE:
+            digest.grown_to(written)
+            hashing = written
+        if written - at_work >= WINDOW:
+            start_writing(sink, at_work, written)
+            at_work = written
+    return written - begin
 
 
-def hash_prefix(path: Path, digest: Digest) -> int:
-    """Send what a file holds through the hash. Returns its bytes."""
-    with path.open("rb", buffering=0) as stream, open("/dev/null", "wb", buffering=0) as nowhere:
-        return pump(stream, nowhere, digest, path.stat().st_size, lambda _: None)
+def _appended(source: Source, sink: BinaryIO, most: int) -> Iterator[int]:
+    """Append up to `most` bytes to a file. Yields how many came, piece by piece."""
+    buffer = memoryview(bytearray(min(PIECE, max(1, most))))
+    while most and (count := source.readinto(buffer[:most]) or 0):
+        write_all(sink, buffer[:count])
+        most -= count
+        yield count
+        if isinstance(source, SocketSource) and not source.buffered and hasattr(os, "splice"):
+            with _Pipe() as pipe:
+                while count := pipe.carry(source, sink, most):
+                    most -= count
+                    yield count
+
+
+class _Pipe:
+    """From a socket into a file without a copy in between: the kernel hands its pages over. Linux only."""
+
+    SIZE, SET_SIZE = 1 << 20, 1031  # bytes; F_SETPIPE_SZ
+
+    def __enter__(self) -> _Pipe:
+        self.out, self.into = os.pipe()
+        with contextlib.suppress(OSError):  # a smaller one will do
+            fcntl.fcntl(self.into, self.SET_SIZE, self.SIZE)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.out)
+        os.close(self.into)
+
+    def carry(self, source: SocketSource, sink: BinaryIO, most: int) -> int:
+        """The next bytes, `most` at most. 0: not from here to there, or at the end."""
+        wanted = min(most, source.left, self.SIZE)
+        if not wanted:
+            return 0
+        try:
+            count = os.splice(source.connection.fileno(), self.into, wanted)
+        except BlockingIOError:
+            raise TimeoutError("the other side is silent") from None
+        if not count:
+            raise ConnectionResetError("the other side stopped in the middle")
+        source.left -= count
+        self._empty(count, sink)
+        return count
+
+    def _empty(self, count: int, sink: BinaryIO) -> None:
+        while count:
+            try:
+                count -= os.splice(self.out, sink.fileno(), count)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system that cannot
+                    raise
+                data = os.read(self.out, count)
+                write_all(sink, memoryview(data))
+                count -= len(data)
+
+
+def write_all(sink: BinaryIO, data: memoryview) -> None:
+    """All of it: a raw file may take less at a time."""
+    while data:
+        data = data[sink.write(data) :]
+
+
+def start_writing(sink: BinaryIO, begin: int, end: int) -> None:
+    """Let the disk begin with a part of a file, so that fsync finds little to do."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(sink.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)

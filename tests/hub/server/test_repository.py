@@ -1,6 +1,7 @@
 """Commits, branches, locks and the collection of garbage, without a network."""
 
 import hashlib
+import io
 import shutil
 import subprocess
 import threading
@@ -22,10 +23,8 @@ def repo(tmp_path):
 
 def store_object(repo, data):
     oid = hashlib.sha256(data).hexdigest()
-    incoming = repo.objects.receive(oid, len(data))
-    incoming.write(data)
-    incoming.finish()
-    incoming.close()
+    with repo.objects.receive(oid, len(data)) as receiving:
+        receiving.take(io.BytesIO(data))
     return Pointer(oid, len(data))
 
 

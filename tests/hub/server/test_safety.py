@@ -55,7 +55,7 @@ def ask(hub, method, path, body=None, token=None, **headers):
     more = {"Authorization": f"Bearer {token}"} if token else {}
     connection.request(method, path, data, {**more, **headers})
     answer = connection.getresponse()
-    found = answer.status, dict(answer.getheaders()), answer.read()
+    found = answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
     connection.close()
     return found
 

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
-
 from quantmill.hub.server import names
+from quantmill.hub.server.answers import Answer, as_json
 from quantmill.hub.server.lfs import Pointer, is_large
 from quantmill.hub.server.refusal import Refusal, bad, no_entry, no_repository
 from quantmill.hub.server.repository import Change, Entry, Repository
@@ -21,15 +20,15 @@ from quantmill.hub.server.store import ATTRIBUTES, FILTER
 LONGEST_LINE = 64_000_000  # bytes of a commit's line: a regular file, in base64
 
 
-def whoami(call: Call) -> Response:
+def whoami(call: Call) -> Answer:
     if call.account.rights is None:
         raise Refusal(401, "no token was sent: set HF_TOKEN, or 'hf auth login'")
     token = {"displayName": call.account.name, "role": call.account.rights}
     who = {"type": "user", "id": call.account.name, "name": call.account.name, "fullname": call.account.name}
-    return JSONResponse({**who, "orgs": [], "auth": {"type": "access_token", "accessToken": token}})
+    return as_json({**who, "orgs": [], "auth": {"type": "access_token", "accessToken": token}})
 
 
-def create_repository(call: Call) -> Response:
+def create_repository(call: Call) -> Answer:
     asked = call.json()
     if asked.get("type") not in (None, "model"):
         raise bad("this hub holds models only")
@@ -40,25 +39,25 @@ def create_repository(call: Call) -> Response:
         if refusal.status == 409:
             refusal.url = f"{call.base}/{name}"
         raise
-    return JSONResponse({"url": f"{call.base}/{name}", "name": name, "id": name})
+    return as_json({"url": f"{call.base}/{name}", "name": name, "id": name})
 
 
 def _asks_private(asked: dict[str, Any]) -> bool:
     return bool(asked.get("private")) or asked.get("visibility") not in (None, "public")
 
 
-def delete_repository(call: Call) -> Response:
+def delete_repository(call: Call) -> Answer:
     asked = call.json()
     call.store.delete(f"{asked.get('organization') or call.account.name}/{asked.get('name')}", call.account)
-    return Response()
+    return Answer()
 
 
-def change_settings(call: Call) -> Response:
+def change_settings(call: Call) -> Answer:
     call.store.set_private(call.name, call.account, _asks_private(call.json()))
-    return JSONResponse({})
+    return as_json({})
 
 
-def list_models(call: Call) -> Response:
+def list_models(call: Call) -> Answer:
     wanted, author = call.query.get("search", "").lower(), call.query.get("author")
     found = []
     for name in call.store.list():
@@ -68,7 +67,7 @@ def list_models(call: Call) -> Response:
             except Refusal:
                 continue
             found.append({"id": name, "modelId": name, **_public_facts(call, name)})
-    return JSONResponse(found)
+    return as_json(found)
 
 
 def _public_facts(call: Call, name: str) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def _public_facts(call: Call, name: str) -> dict[str, Any]:
     }
 
 
-def model_info(call: Call) -> Response:
+def model_info(call: Call) -> Answer:
     repository = call.store.find(call.name, call.account)
     commit = repository.resolve(call.parts.get("revision", "main"))
     entries = repository.entries(commit)
@@ -100,7 +99,7 @@ def model_info(call: Call) -> Response:
         **_public_facts(call, call.name),
         "siblings": [_sibling(e, blobs) for e in entries],
     }
-    return JSONResponse(info, headers={"X-Repo-Commit": commit})
+    return as_json(info, headers={"X-Repo-Commit": commit})
 
 
 def _sibling(entry: Entry, blobs: bool) -> dict[str, Any]:
@@ -118,7 +117,7 @@ def _date(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(seconds))
 
 
-def tree(call: Call) -> Response:
+def tree(call: Call) -> Answer:
     """Files, and folders in between, below a path; all levels where `recursive`."""
     repository = call.store.find(call.name, call.account)
     commit = repository.resolve(call.parts["revision"])
@@ -132,7 +131,7 @@ def tree(call: Call) -> Response:
         found = [_row(direct.get(prefix + r), prefix + r) for r in rows]
     else:
         found = [_row(e, e.path) for e in inside]
-    return JSONResponse(found, headers={"X-Repo-Commit": commit})
+    return as_json(found, headers={"X-Repo-Commit": commit})
 
 
 def _row(entry: Entry | None, path: str) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def _row(entry: Entry | None, path: str) -> dict[str, Any]:
     return {"type": "file", "path": path, "oid": entry.blob, "size": entry.size, **lfs}
 
 
-def paths_info(call: Call) -> Response:
+def paths_info(call: Call) -> Answer:
     repository = call.store.find(call.name, call.account)
     commit = repository.resolve(call.parts["revision"])
     entries = {e.path: e for e in repository.entries(commit)}
@@ -153,16 +152,16 @@ def paths_info(call: Call) -> Response:
             found.append(_row(entries[path], path))
         elif any(p.startswith(f"{path}/") for p in entries):
             found.append(_row(None, path))
-    return JSONResponse(found)
+    return as_json(found)
 
 
-def refs(call: Call) -> Response:
+def refs(call: Call) -> Answer:
     branches = call.store.find(call.name, call.account).branches()
     rows = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in branches.items()]
-    return JSONResponse({"branches": rows, "tags": [], "converts": [], "pullRequests": []})
+    return as_json({"branches": rows, "tags": [], "converts": [], "pullRequests": []})
 
 
-def commits(call: Call) -> Response:
+def commits(call: Call) -> Answer:
     repository = call.store.find(call.name, call.account)
     found = []
     for item in repository.history(repository.resolve(call.parts["revision"])):
@@ -170,21 +169,21 @@ def commits(call: Call) -> Response:
         title, _, rest = item.message.decode(errors="replace").partition("\n\n")
         row = {"id": item.id.decode(), "title": title, "message": rest, "date": _date(item.commit_time)}
         found.append({**row, "authors": [{"user": author}]})
-    return JSONResponse(found)
+    return as_json(found)
 
 
-def create_branch(call: Call) -> Response:
+def create_branch(call: Call) -> Answer:
     repository = call.store.find(call.name, call.account, write=True)
     repository.create_branch(call.parts["branch"], str(call.json().get("startingPoint") or "main"))
-    return JSONResponse({})
+    return as_json({})
 
 
-def delete_branch(call: Call) -> Response:
+def delete_branch(call: Call) -> Answer:
     call.store.find(call.name, call.account, write=True).delete_branch(call.parts["branch"])
-    return JSONResponse({})
+    return as_json({})
 
 
-def preupload(call: Call) -> Response:
+def preupload(call: Call) -> Answer:
     """Which files go to the object store, and what the branch holds already (the client skips the same)."""
     repository = call.store.find(call.name, call.account, write=True)
     entries = {e.path: e for e in repository.entries(repository.resolve(call.parts["revision"]))}
@@ -194,7 +193,7 @@ def preupload(call: Call) -> Response:
         mode = "lfs" if is_large(path, size) else "regular"
         oid = entries[path].etag if path in entries else None
         rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-    return JSONResponse({"files": rows})
+    return as_json({"files": rows})
 
 
 def _list(asked: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -204,7 +203,7 @@ def _list(asked: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def commit(call: Call) -> Response:
+def commit(call: Call) -> Answer:
     """A header and one line per change, as newline-delimited JSON."""
     repository = call.store.find(call.name, call.account, write=True)
     branch = call.parts["revision"]
@@ -223,7 +222,7 @@ def commit(call: Call) -> Response:
     parent = header.get("parentCommit")
     made = repository.commit(branch, changes, message, call.account.name, str(parent) if parent else None)
     url = f"{call.base}/{call.name}/commit/{made}"
-    return JSONResponse({"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
+    return as_json({"success": True, "commitOid": made, "commitUrl": url, "hookOutput": ""})
 
 
 def _lines(call: Call) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -287,23 +286,23 @@ def _quoted(path: str) -> str:
     return "/" + "".join(special.get(c, c) for c in path)
 
 
-def validate_yaml(_: Call) -> Response:
+def validate_yaml(_: Call) -> Answer:
     """Cards are checked by the public hub; this one takes any."""
-    return JSONResponse({"errors": [], "warnings": []})
+    return as_json({"errors": [], "warnings": []})
 
 
-def no_xet(call: Call) -> Response:
+def no_xet(call: Call) -> Answer:
     if call.parts["owner"] in names.RESERVED:
         raise no_repository(call.name)
     raise Refusal(404, "this hub has no xet storage, large files go through LFS: set HF_HUB_DISABLE_XET=1")
 
 
-def healthy(_: Call) -> Response:
-    return JSONResponse({"ok": True})
+def healthy(_: Call) -> Answer:
+    return as_json({"ok": True})
 
 
 _MODEL = "/api/models/{owner}/{name}"
-_TABLE: dict[str, Callable[[Call], Response]] = {
+_TABLE: dict[str, Callable[[Call], Answer]] = {
     "GET /api/healthy": healthy,
     "GET /api/whoami-v2": whoami,
     "GET /api/models": list_models,

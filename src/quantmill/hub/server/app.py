@@ -1,35 +1,29 @@
-"""The ASGI application: reads a request, asks routing.py who answers it, and sends the answer or the refusal.
+"""From a request to its answer: who asks, from where, for what row of the table; refusals become answers.
 
-Handlers are plain functions and run in threads; only large uploads are taken in here, chunk by chunk.
+Handlers are plain functions; only large uploads go straight from the connection into the object store.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
-import tempfile
-from collections.abc import Callable
-from typing import IO
-
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from urllib.parse import parse_qsl
 
 from quantmill.errors import BadRequest
 from quantmill.hub.server import api, content, git_http, names, pages
 from quantmill.hub.server.accounts import NOBODY, Account
-from quantmill.hub.server.refusal import Refusal, bad, no_repository
+from quantmill.hub.server.answers import Answer, as_json
+from quantmill.hub.server.http import Request
+from quantmill.hub.server.refusal import Refusal, no_repository
 from quantmill.hub.server.repository import Repository
 from quantmill.hub.server.routing import Call, find, split_path
 from quantmill.hub.server.store import Store
 
 ROUTES = (*api.ROUTES, *content.ROUTES, *git_http.ROUTES, *pages.ROUTES)
-SPOOL, LONGEST_BODY = 8 << 20, 1 << 30  # bytes of a request: in memory, and at most
-CHUNK = 1 << 20
+OFFSET = "upload-offset"  # where a client goes on with an object; the answer to HEAD says where it may
 SAFE = {
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "Referrer-Policy": "no-referrer",
 }
 
@@ -40,41 +34,29 @@ class App:
     def __init__(self, store: Store, hosts: frozenset[str] | None = None) -> None:
         self.store, self.hosts = store, hosts
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        request = Request(scope, receive)
+    def __call__(self, request: Request) -> Answer:
         try:
-            response = await self._answer(request)
+            answer = self._answer(request)
         except Refusal as refusal:
-            response = _refused(refusal, request)
-        except ClientDisconnect:
-            return
+            answer = _refused(refusal, request)
         for name, value in SAFE.items():
-            response.headers.setdefault(name, value)
-        if request.method == "HEAD":
-            response = _without_body(response)
-        await response(scope, receive, send)
+            answer.headers.setdefault(name, value)
+        return answer
 
-    async def _answer(self, request: Request) -> Response:
+    def _answer(self, request: Request) -> Answer:
         self._refuse_strangers(request)
-        parts = split_path(request.scope.get("raw_path") or request.url.path.encode())
-        if request.method == "PUT" and len(parts) == 6 and parts[2:5] == ["info", "lfs", "objects"]:
-            return await self._take_object(request, f"{parts[0]}/{parts[1].removesuffix('.git')}", parts[5])
+        path, _, query = request.target.partition("?")
+        parts, asked = split_path(path.encode("latin-1", "replace")), dict(parse_qsl(query))
+        taken = request.method == "PUT" or (request.method == "HEAD" and asked.get("deed") == "upload")
+        if taken and len(parts) == 6 and parts[2:5] == ["info", "lfs", "objects"]:
+            return self._object(request, f"{parts[0]}/{parts[1].removesuffix('.git')}", parts[5], asked)
         row, found = find(ROUTES, request.method, parts)
         account = self._account(request)
-        with tempfile.SpooledTemporaryFile(SPOOL) as body:
-            await _spool(request, body)
-            call = Call(
-                self.store,
-                account,
-                found,
-                dict(request.query_params),
-                dict(request.headers),
-                body,
-                f"{request.url.scheme}://{request.headers.get('host', 'localhost')}",
-            )
-            return await run_in_threadpool(row.handler, call)
+        base = (
+            f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', 'localhost')}"
+        )
+        with request.incoming.spooled() as body:
+            return row.handler(Call(self.store, account, found, asked, request.headers, body, base))
 
     def _account(self, request: Request) -> Account:
         header = request.headers.get("authorization")
@@ -83,61 +65,43 @@ class App:
     def _refuse_strangers(self, request: Request) -> None:
         """No page in a browser speaks for its user here, under no name that somebody else owns (403)."""
         host = request.headers.get("host", "")
-        if (
-            self.hosts is not None
-            and host.rpartition(":")[0].strip("[]") not in self.hosts
-            and host not in self.hosts
-        ):
+        known = self.hosts is None or host in self.hosts or host.rpartition(":")[0].strip("[]") in self.hosts
+        if not known:
             raise Refusal(403, "this hub answers to its own address only")
         origin = request.headers.get("origin")
         if origin and request.method not in ("GET", "HEAD") and origin.partition("://")[2] != host:
             raise Refusal(403, "no other site may write here")
 
-    async def _take_object(self, request: Request, name: str, oid: str) -> Response:
-        """An LFS upload: to the disk and through the hash as it comes."""
+    def _object(self, request: Request, name: str, oid: str, query: dict[str, str]) -> Answer:
+        """PUT takes an LFS object in, to the disk and through the hash as it comes; HEAD says what is there of it.
+
+        With Upload-Offset a PUT goes on where an earlier one was cut, and keeps what comes if it is cut, too.
+        """
         names.object_id(oid)
         owner, _, model = name.partition("/")
-        query = dict(request.query_params)
-        if not self.store.links.allows("upload", names.repository_name(owner, model), oid, query):
+        name = names.repository_name(owner, model)
+        if not self.store.links.allows("upload", name, oid, query):
             raise Refusal(403, "this link is not for that, or too old: ask for a new one")
         folder = self.store.root / "repos" / f"{name}.git"
         if not folder.is_dir():  # deleted since the link was made
             raise no_repository(name)
-        objects = Repository(folder).objects
-        incoming = await run_in_threadpool(objects.receive, oid, int(query["size"]))
-        try:
-            await _in_chunks(request, incoming.write)
-            await run_in_threadpool(incoming.finish)
-        finally:
-            incoming.close()
-        return Response()
+        objects, size = Repository(folder).objects, int(query["size"])
+        if request.method == "HEAD":
+            whole = objects.size(oid) is not None
+            return Answer(headers={"Upload-Offset": str(size if whole else objects.begun(oid))})
+        offset = request.headers.get(OFFSET)
+        if offset is None:
+            receiving = objects.receive(oid, size)
+        elif offset.isdecimal():
+            receiving = objects.resume(oid, size, int(offset))
+        else:
+            raise Refusal(400, "Upload-Offset is a number of bytes")
+        with receiving:
+            receiving.take(request.incoming.source, request.incoming.length)
+        return Answer()
 
 
-async def _in_chunks(request: Request, write: Callable[[bytearray], None]) -> None:
-    """Hand the body on in pieces worth a thread's while; the next one comes in while one is written."""
-    waiting, writing = bytearray(), asyncio.ensure_future(run_in_threadpool(write, bytearray()))
-    try:
-        async for chunk in request.stream():
-            waiting += chunk
-            if len(waiting) >= CHUNK:
-                await writing
-                writing, waiting = asyncio.ensure_future(run_in_threadpool(write, waiting)), bytearray()
-    finally:
-        await writing
-    await run_in_threadpool(write, waiting)
-
-
-async def _spool(request: Request, body: IO[bytes]) -> None:
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > LONGEST_BODY:
-            raise bad(f"the request is longer than {LONGEST_BODY} bytes")
-        body.write(chunk)
-    body.seek(0)
-
-
-def _refused(refusal: Refusal, request: Request) -> Response:
+def _refused(refusal: Refusal, request: Request) -> Answer:
     """A refusal in the words of huggingface_hub: it reads the headers, people read the body."""
     headers = {"X-Error-Message": refusal.message.encode("ascii", "replace").decode()}
     if refusal.code:
@@ -146,14 +110,8 @@ def _refused(refusal: Refusal, request: Request) -> Response:
         headers["X-Repo-Commit"] = refusal.commit
     if refusal.status == 401:
         headers["WWW-Authenticate"] = 'Basic realm="quantmill hub", charset="UTF-8"'
-    if request.method not in ("GET", "HEAD"):
-        headers["Connection"] = "close"  # the rest of a refused body is not read
     url = {"url": refusal.url} if refusal.url else {}
-    return JSONResponse({"error": refusal.message, **url}, refusal.status, headers)
-
-
-def _without_body(response: Response) -> Response:
-    return Response(status_code=response.status_code, headers=dict(response.headers))
+    return as_json({"error": refusal.message, **url}, refusal.status, headers)
 
 
 def make_app(store: Store, host: str) -> App:

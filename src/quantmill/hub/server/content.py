@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import quote
 
-from starlette.responses import JSONResponse, Response, StreamingResponse
-
 from quantmill.hub.server import names
+from quantmill.hub.server.answers import Answer, FilePart, as_json
 from quantmill.hub.server.refusal import Refusal, bad
 from quantmill.hub.server.repository import Repository
 from quantmill.hub.server.routing import Call, Route, route
 
-CHUNK = 1 << 20
 LFS_JSON = "application/vnd.git-lfs+json"
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 
-def resolve(call: Call) -> Response:
+def resolve(call: Call) -> Answer:
     """A file of a branch or commit. HEAD says what GET would send."""
     repository = call.store.find(call.name, call.account)
     commit = repository.resolve(call.parts["revision"])
@@ -38,29 +35,28 @@ def resolve(call: Call) -> Response:
     return _send(call, repository.read(entry.blob).as_raw_string(), entry.size, headers)
 
 
-def _send_object(call: Call, repository: Repository, oid: str, headers: dict[str, str]) -> Response:
+def _send_object(call: Call, repository: Repository, oid: str, headers: dict[str, str]) -> Answer:
     size = repository.objects.size(oid)
     if size is None:
         raise Refusal(404, f"object {oid} is not here", "EntryNotFound")
     return _send(call, repository.objects.path(oid), size, headers)
 
 
-def _send(call: Call, source: bytes | Path, size: int, headers: dict[str, str]) -> Response:
+def _send(call: Call, source: bytes | Path, size: int, headers: dict[str, str]) -> Answer:
     """All of it, a range (206), or nothing where the client has it (304). Raises Refusal (416)."""
     headers = {"Content-Type": "application/octet-stream", **headers}
     if headers.get("ETag") and call.headers.get("if-none-match") == headers["ETag"]:
-        return Response(status_code=304, headers=headers)
+        return Answer(304, headers)
     begin, end = 0, size
     asked = _RANGE.fullmatch(call.headers.get("range", ""))
     stale = call.headers.get("if-range") not in (None, headers.get("ETag"))
     if asked and any(asked.groups()) and not stale:
         begin, end = _bounds(asked, size)
         headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
-    headers["Content-Length"] = str(end - begin)
     status = 206 if "Content-Range" in headers else 200
     if isinstance(source, bytes):
-        return Response(source[begin:end], status, headers)
-    return StreamingResponse(_chunks(source.open("rb", buffering=0), begin, end), status, headers)
+        return Answer(status, headers, source[begin:end])
+    return Answer(status, headers, FilePart(source.open("rb", buffering=0), begin, end - begin))
 
 
 def _bounds(asked: re.Match[str], size: int) -> tuple[int, int]:
@@ -73,15 +69,7 @@ def _bounds(asked: re.Match[str], size: int) -> tuple[int, int]:
     return begin, end
 
 
-def _chunks(stream: IO[bytes], begin: int, end: int) -> Iterator[bytes]:
-    with stream:
-        stream.seek(begin)
-        while begin < end and (chunk := stream.read(min(CHUNK, end - begin))):
-            begin += len(chunk)
-            yield chunk
-
-
-def batch(call: Call) -> Response:
+def batch(call: Call) -> Answer:
     """git-lfs asks where objects go or come from; the links that it gets need no token."""
     asked = call.json()
     deed = asked.get("operation")
@@ -95,7 +83,7 @@ def batch(call: Call) -> Response:
         _upload(call, repository, r) if deed == "upload" else _download(call, repository, r) for r in rows
     ]
     answer = {"transfer": "basic", "hash_algo": "sha256", "objects": found}
-    return JSONResponse(answer, media_type=LFS_JSON)
+    return as_json(answer, kind=LFS_JSON)
 
 
 def _upload(call: Call, repository: Repository, row: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +120,7 @@ def _link(call: Call, deed: str, oid: str, size: int) -> str:
     return f"{call.base}/{call.name}.git/info/lfs/objects/{oid}?{query}"
 
 
-def download_object(call: Call) -> Response:
+def download_object(call: Call) -> Answer:
     oid = names.object_id(call.parts["oid"])
     if not call.store.links.allows("download", call.name, oid, call.query):
         raise Refusal(403, "this link is not for that, or too old: ask for a new one")
@@ -140,13 +128,13 @@ def download_object(call: Call) -> Response:
     return _send_object(call, repository, oid, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
 
-def verify(call: Call) -> Response:
+def verify(call: Call) -> Answer:
     asked = call.json()
     repository = call.store.find(call.name, call.account, write=True)
     oid = names.object_id(asked.get("oid"))
     if repository.objects.size(oid) != asked.get("size"):
         raise Refusal(404, f"object {oid} did not arrive")
-    return JSONResponse({}, media_type=LFS_JSON)
+    return as_json({}, kind=LFS_JSON)
 
 
 _LFS = "/{owner}/{name}/info/lfs"

@@ -11,17 +11,17 @@ from typing import IO
 from dulwich.errors import GitProtocolError
 from dulwich.protocol import ReceivableProtocol
 from dulwich.server import BackendRepo, DictBackend, UploadPackHandler
-from starlette.responses import Response, StreamingResponse
 
-from quantmill.hub.server.content import CHUNK
+from quantmill.hub.server.answers import Answer, Pieces
 from quantmill.hub.server.refusal import Refusal, bad
 from quantmill.hub.server.routing import Call, Route, route
 
 SERVICE = "git-upload-pack"
+CHUNK = 1 << 20  # bytes
 SPOOL = 8 << 20  # bytes of an answer that stay in memory
 
 
-def advertise(call: Call) -> Response:
+def advertise(call: Call) -> Answer:
     """The branches, as git asks for them first."""
     if call.query.get("service") != SERVICE:
         raise Refusal(403, "this hub takes no git push: use hf upload, or quantmill publish")
@@ -29,12 +29,12 @@ def advertise(call: Call) -> Response:
     return _talk(call, f"{len(first) + 4:04x}".encode() + first + b"0000", advertise=True)
 
 
-def upload_pack(call: Call) -> Response:
+def upload_pack(call: Call) -> Answer:
     """The pack that a client lacks."""
     return _talk(call, b"", advertise=False)
 
 
-def _talk(call: Call, first: bytes, *, advertise: bool) -> Response:
+def _talk(call: Call, first: bytes, *, advertise: bool) -> Answer:
     repository = call.store.find(call.name, call.account)
     body = gzip.GzipFile(fileobj=call.body) if call.headers.get("content-encoding") == "gzip" else call.body
     out = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115  (closed when it has been sent)
@@ -52,7 +52,7 @@ def _talk(call: Call, first: bytes, *, advertise: bool) -> Response:
             raise bad("the request is not git's") from None
     kind = "advertisement" if advertise else "result"
     headers = {"Cache-Control": "no-cache", "Content-Type": f"application/x-{SERVICE}-{kind}"}
-    return StreamingResponse(_sent(out), headers=headers)
+    return Answer(headers=headers, body=Pieces(_sent(out), out.tell()))
 
 
 def _sent(out: IO[bytes]) -> Iterator[bytes]:
@@ -62,7 +62,7 @@ def _sent(out: IO[bytes]) -> Iterator[bytes]:
             yield chunk
 
 
-def push(_: Call) -> Response:
+def push(_: Call) -> Answer:
     raise Refusal(403, "this hub takes no git push: use hf upload, or quantmill publish")
 
 

@@ -5,7 +5,6 @@ An event loop would touch every byte of a weight file several times; a thread th
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import tempfile
@@ -15,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedReader
 from typing import IO
 
 from quantmill.hub.server.answers import Answer, FilePart
 from quantmill.hub.server.refusal import Refusal, bad
-from quantmill.hub.streams import Source
+from quantmill.hub.streams import SocketSource, Source, patient
 
 SPOOL, LONGEST_BODY = 8 << 20, 1 << 30  # bytes of a request: in memory, and at most
 PATIENCE = 120  # seconds that a connection may be silent
@@ -31,27 +31,35 @@ DRAINED = 1 << 20  # bytes of a refused body that are read, so that the client r
 class Incoming:
     """The body of one request, which is read from the connection once. `length` None: in chunks."""
 
-    def __init__(self, stream: IO[bytes], length: int | None) -> None:
+    def __init__(self, connection: socket.socket, stream: BufferedReader, length: int | None) -> None:
         self.stream, self.length = stream, length
-        self.left = length or 0
+        self.whole = SocketSource(connection, stream, length or 0)
+        self.left = 0  # of the present chunk
         self.more = length is None  # another chunk follows
 
     @property
+    def source(self) -> Source:
+        """What to read it from: where its length is known, the connection itself."""
+        return self if self.length is None else self.whole
+
+    @property
     def finished(self) -> bool:
-        return not self.left and not self.more
+        return not self.left and not self.more and not self.whole.left
 
     def readinto(self, buffer: memoryview) -> int:
         """The next bytes, 0 at the end. Raises ConnectionError where the client stops before it."""
+        if self.length is not None:
+            return self.whole.readinto(buffer)
         if self.more and not self.left:
             self._next_chunk()
         wanted = min(len(buffer), self.left)
         if not wanted:
             return 0
-        count: int = self.stream.readinto(buffer[:wanted])  # type: ignore[attr-defined]
+        count = self.stream.readinto(buffer[:wanted])
         if not count:
             raise ConnectionResetError("the client stopped in the middle of its body")
         self.left -= count
-        if self.length is None and not self.left:
+        if not self.left:
             self.stream.readline(8)  # the line end after a chunk
         return count
 
@@ -92,7 +100,6 @@ class Request:
     incoming: Incoming
 
 
-assert issubclass(Incoming, object) and Source  # Incoming is a Source
 Application = Callable[[Request], Answer]
 
 
@@ -126,7 +133,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client: object) -> None:
         """A client that goes away is no event."""
-        if not isinstance(sys.exception() if sys.version_info >= (3, 11) else None, OSError):
+        if not isinstance(sys.exception(), OSError):
             traceback.print_exc()
 
 
@@ -135,9 +142,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "quantmill-hub", ""
-    timeout = PATIENCE
     disable_nagle_algorithm = True
     server: Server
+    rfile: BufferedReader
+
+    def setup(self) -> None:
+        super().setup()
+        patient(self.connection, PATIENCE)
 
     def answer(self) -> None:
         """One request."""
@@ -145,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.busy += 1
         try:
             self._answer()
-        except (ConnectionError, TimeoutError):
+        except (ConnectionError, TimeoutError, BlockingIOError):
             self.close_connection = True
         finally:
             with self.server.counting:
@@ -159,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         if length == -1:
             self.close_connection = True
             return self._send(Answer(400, {"Connection": "close"}, b"the body's length is unclear"))
-        incoming = Incoming(self.rfile, length)
+        incoming = Incoming(self.connection, self.rfile, length)
         answer = self.server.application(Request(self.command, self.path, headers, incoming))
         self._drain(incoming)
         if not incoming.finished:
@@ -210,20 +221,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *words: object) -> None:
         """Silent: tokens and names are nobody's business."""
-
-
-def stop_signals(server: Server) -> Callable[[int, object], None]:
-    """A signal handler that ends serve_forever, from outside its thread."""
-
-    def stop(number: int, frame: object) -> None:
-        threading.Thread(target=server.shutdown, daemon=True).start()
-
-    return stop
-
-
-def flush_standard_streams() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-
-
-_ = os

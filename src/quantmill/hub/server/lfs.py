@@ -6,18 +6,21 @@ objects are in use.
 
 from __future__ import annotations
 
-import hashlib
+import fcntl
 import os
 import re
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 from quantmill.files import fsync
 from quantmill.hub.server.disk import TEMPORARY, make_folders
 from quantmill.hub.server.refusal import Refusal
+from quantmill.hub.streams import Digest, Source, pump
 
+BEGUN = ".begun-"  # and the object's name
 LARGE = 10_000_000  # bytes from which any file goes here
 SUFFIXES = (
     *(
@@ -83,21 +86,59 @@ class Objects:
         except FileNotFoundError:
             return None
 
-    def receive(self, oid: str, size: int) -> Incoming:
+    def receive(self, oid: str, size: int) -> Receiving:
         """Begin to take an object in. Raises Refusal (507) where the disk could not hold it."""
+        self._make_room(size)
+        path = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
+        return Receiving(self.path(oid), oid, size, path, path.open("x+b", buffering=0), keep=False)
+
+    def resume(self, oid: str, size: int, offset: int) -> Receiving:
+        """Go on with an object of which `offset` bytes are here; what comes is kept even if the rest does not.
+
+        Raises Refusal: 409 where so many bytes are not here, or somebody else is sending them; 507.
+        """
+        self._make_room(size - offset)
+        path = self._begun(oid)
+        stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        stream.seek(0, os.SEEK_END)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise Refusal(409, f"object {oid} is being sent by somebody else") from None
+        here = path.stat().st_ino if path.exists() else None  # another, or none, once its owner has finished
+        if offset != stream.tell() or os.fstat(stream.fileno()).st_ino != here:
+            stream.close()
+            raise Refusal(409, f"object {oid} does not go on at byte {offset}: ask again where it does")
+        return Receiving(self.path(oid), oid, size, path, stream, keep=True)
+
+    def begun(self, oid: str) -> int:
+        """Bytes of an object that are here from an upload that was cut."""
+        try:
+            return self._begun(oid).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _begun(self, oid: str) -> Path:
+        return self.folder / f"{BEGUN}{oid}"
+
+    def _make_room(self, size: int) -> None:
         make_folders(self.folder)
         free = os.statvfs(self.folder)
         if size > free.f_bavail * free.f_frsize:
             raise Refusal(507, f"the hub's disk has no room for {size} bytes")
-        path = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
-        return Incoming(self.path(oid), oid, size, path, path.open("xb", buffering=0))
 
     def all(self) -> list[Path]:
+        """Whole objects."""
         return [p for p in self.folder.glob("??/??/*") if p.is_file()]
+
+    def all_begun(self) -> list[Path]:
+        """Uploads that were cut."""
+        return list(self.folder.glob(f"{BEGUN}*"))
 
 
 @dataclass(slots=True)
-class Incoming:
+class Receiving:
     """An object on its way in: hashed as it comes, named when all of it is there and is what it should be."""
 
     target: Path
@@ -105,20 +146,25 @@ class Incoming:
     size: int
     path: Path
     stream: BinaryIO
-    received: int = 0
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    keep: bool  # what is unfinished, for the next attempt
 
-    def write(self, data: bytes | bytearray) -> None:
-        """Take the next bytes. Raises Refusal (413) when there are more than announced."""
-        self.received += len(data)
-        if self.received > self.size:
+    def take(self, source: Source, announced: int | None = None) -> None:
+        """The rest of the object. Raises Refusal: 413 when there is more than announced, 422 when it is another."""
+        missing = self.size - self.stream.tell()
+        if announced is not None and announced > missing:
             raise Refusal(413, f"object {self.oid} was announced with {self.size} bytes and is longer")
-        self.digest.update(data)
-        self.stream.write(data)
+        with Digest(self.stream) as digest:
+            pump(source, self.stream, digest, missing, lambda _: None)
+            if source.readinto(memoryview(bytearray(1))):
+                raise Refusal(413, f"object {self.oid} was announced with {self.size} bytes and is longer")
+            received = self.stream.tell()
+            found = digest.hexdigest(received) if received == self.size else None
+        self._finish(found)
 
-    def finish(self) -> None:
-        """Give the object its name. Raises Refusal (422) when it is not what its name says."""
-        if self.received != self.size or self.digest.hexdigest() != self.oid:
+    def _finish(self, found: str | None) -> None:
+        """Give the object its name, if it is what that says. `found` None: not all of it came."""
+        if found != self.oid:
+            self.keep = self.keep and found is None
             raise Refusal(
                 422, f"the bytes sent are not object {self.oid} of {self.size} bytes: send it again"
             )
@@ -128,7 +174,13 @@ class Incoming:
         for folder in {self.target.parent, *made}:
             fsync(folder)
 
-    def close(self) -> None:
-        """Drop what is unfinished."""
+    def __enter__(self) -> Receiving:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drop what is unfinished, unless it is to be gone on with."""
+        if not self.keep:
+            self.path.unlink(missing_ok=True)
         self.stream.close()
-        self.path.unlink(missing_ok=True)

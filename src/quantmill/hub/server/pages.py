@@ -8,9 +8,8 @@ from __future__ import annotations
 from html import escape
 from urllib.parse import quote
 
-from starlette.responses import HTMLResponse, Response
-
 from quantmill.console import gigabytes
+from quantmill.hub.server.answers import Answer, as_html
 from quantmill.hub.server.refusal import Refusal
 from quantmill.hub.server.repository import Entry, Repository
 from quantmill.hub.server.routing import Call, Route, route
@@ -24,7 +23,7 @@ STYLE = (
 )
 
 
-def home(call: Call) -> Response:
+def home(call: Call) -> Answer:
     """Every repository that the caller may see."""
     rows = []
     for name in call.store.list():
@@ -38,7 +37,7 @@ def home(call: Call) -> Response:
     return _page("quantmill hub", table if rows else "<p>No repository yet.</p>")
 
 
-def model(call: Call) -> Response:
+def model(call: Call) -> Answer:
     """One repository: its branches, what to type for each, and the card of one."""
     repository = call.store.find(call.name, call.account)
     shown = call.parts.get("revision", "main")
@@ -75,9 +74,9 @@ def _a(href: str, text: str) -> str:
     return f'<a href="{quote(href)}">{escape(text)}</a>'
 
 
-def _page(title: str, body: str) -> Response:
+def _page(title: str, body: str) -> Answer:
     head = f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-    return HTMLResponse(f"{head}<p>{_a('/', 'all repositories')}<h1>{escape(title)}</h1>{body}")
+    return as_html(f"{head}<p>{_a('/', 'all repositories')}<h1>{escape(title)}</h1>{body}")
 
 
 ROUTES: tuple[Route, ...] = (

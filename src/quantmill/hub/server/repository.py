@@ -246,7 +246,11 @@ class Repository:
         with self.lock():
             git, large = self._reachable()
             loose = [p for p in (self.folder / "objects").glob("??/*") if p.parent.name + p.name not in git]
-            doomed = loose + [p for p in self.objects.all() if p.name not in large]
+            doomed = [
+                *loose,
+                *(p for p in self.objects.all() if p.name not in large),
+                *self.objects.all_begun(),
+            ]
             freed = sum(p.stat().st_size for p in doomed)
             for path in doomed:
                 path.unlink()

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
-from starlette.responses import Response
-
 from quantmill.hub.server.accounts import Account
+from quantmill.hub.server.answers import Answer
 from quantmill.hub.server.refusal import Refusal, bad
 from quantmill.hub.server.store import Store
 
@@ -55,7 +54,7 @@ class Call:
         return parse_qsl(self.body.read(LONGEST_JSON).decode(errors="replace"), keep_blank_values=True)
 
 
-Handler = Callable[[Call], Response]
+Handler = Callable[[Call], Answer]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from quantmill.hub.server.repository import Change, Repository
 FACTS = "quantmill.json"
 ATTRIBUTES = ".gitattributes"
 FILTER = "filter=lfs diff=lfs merge=lfs -text"
+FORGET = 7 * 24 * 3600  # seconds
 UNBORN, GONE = ".unborn-", ".gone-"
 
 
@@ -55,11 +56,19 @@ class Store:
             raise BadRequest(f"another hub serves {self.root}: stop it, or give another --root") from None
         try:
             disk.remove_temporaries(self.root)
+            self._forget_old_uploads()
             for left in [*self._repos.rglob(f"{UNBORN}*"), *self._repos.rglob(f"{GONE}*")]:
                 shutil.rmtree(left)
             yield
         finally:
             os.close(descriptor)
+
+    def _forget_old_uploads(self) -> None:
+        """Uploads that were cut and not gone on with."""
+        for name in self.list():
+            for path in Repository(self._folder(name)).objects.all_begun():
+                if time.time() - path.stat().st_mtime > FORGET:
+                    path.unlink()
 
     @property
     def _repos(self) -> Path:
