@@ -1,4 +1,4 @@
-"""What rounding the activations costs: KL divergence and top-1 agreement of the CPU decoder to its exact
+"""What rounding the activations costs: KL divergence and top-1 agreement of the CPU runtime to its exact
 path.
 
     python benchmarks/cpu_activations.py MODEL --text FILE [--windows 4] [--ctx 512]
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantmill.kernels.cpu.layout import Precision
-from quantmill.runtime.cpu.decoder import CpuDecoder
+from quantmill.runtime.cpu.runtime import CpuRuntime
+from quantmill.runtime.single import SingleSequence
 
 FROM = 2000  # characters of the text that are passed over: headings
 
@@ -41,8 +42,11 @@ def main() -> None:
     text = asked.text.read_text(encoding="utf-8")[FROM : FROM + 8 * asked.windows * asked.ctx]
     ids = tokenizer.encode(text).ids
     windows = [ids[i * asked.ctx : (i + 1) * asked.ctx] for i in range(asked.windows)]
-    exact = CpuDecoder.from_folder(asked.model, exact=True)
-    others = {p: CpuDecoder.from_folder(asked.model, precision=p) for p in (Precision.INT16, Precision.INT8)}
+    exact = SingleSequence(CpuRuntime.from_folder(asked.model, exact=True))
+    others = {
+        p: SingleSequence(CpuRuntime.from_folder(asked.model, precision=p))
+        for p in (Precision.INT16, Precision.INT8)
+    }
     losses: dict[Precision, list[NDArray[np.float64]]] = {p: [] for p in others}
     agreed: dict[Precision, list[NDArray[np.bool_]]] = {p: [] for p in others}
     for window in windows:

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from quantmill.files import write_json
 from quantmill.kernels.cpu.bandwidth import streaming_read
-from quantmill.kernels.cpu.isa import choose
 from quantmill.kernels.cpu.layout import CpuLinear, Precision
 from quantmill.kernels.cpu.packing import pack_rounded, pack_words, stack
 from quantmill.kernels.cpu.pool import default_threads, shared_pool
-from quantmill.runtime.cpu.decoder import CpuDecoder
+from quantmill.runtime.cpu.runtime import CpuRuntime
 from quantmill.runtime.cpu.settings import read_settings
 from quantmill.runtime.cpu.store import ARRAYS, INDEX, Store, open_store, write_arrays
+from quantmill.runtime.single import SingleSequence
 
 CONFIG = {
     "model_type": "mistral",
@@ -91,24 +91,25 @@ def main() -> None:
     if asked.mapped:
         store = mapped(store, asked.mapped)
     settings = read_settings({**CONFIG, "num_hidden_layers": asked.layers})
-    decoder = CpuDecoder(
+    runtime = CpuRuntime(
         settings,
         store,
         threads=asked.threads,
         precision=Precision[asked.precision.upper()],
         context=1024,
-        isa=choose(),
+        kv_tokens=1024,
     )
-    decoder.prefill(list(range(1, 33)))
+    sequence, nbytes = SingleSequence(runtime), runtime.facts.bytes_per_token
+    sequence.read(list(range(1, 33)))
     steps, reads = [], []
     for token in range(asked.repeats):
         reads.append(streaming_read(shared_pool(asked.threads), repeats=1))
         begin = time.perf_counter()
-        decoder.step(token)
-        steps.append(decoder.bytes_per_token / (time.perf_counter() - begin))
+        sequence.read([token])
+        steps.append(nbytes / (time.perf_counter() - begin))
     pairs = [step / read for step, read in zip(steps, reads, strict=True)]
     size = f"{asked.layers} layers, {asked.bits} bits, {asked.threads} threads"
-    size += f", {decoder.bytes_per_token / 1e9:.2f} GB"
+    size += f", {nbytes / 1e9:.2f} GB"
     step = f"step {median(steps) / 1e9:.1f} GB/s (best {max(steps) / 1e9:.1f})"
     read = f"read {median(reads) / 1e9:.1f} GB/s (best {max(reads) / 1e9:.1f})"
     print(f"{size} a token; {step}, {read}, share: median of pairs {median(pairs):.2f}")

@@ -1,11 +1,11 @@
-"""Tokens a second of the CPU decoder beside llama.cpp's, in turn, in the same run.
+"""Tokens a second of the CPU runtime beside llama.cpp's, in turn, in the same run.
 
-    python benchmarks/cpu_decode.py MODEL --gguf FILE --peer PYTHON [--threads 2] [--repeats 5]
+    python benchmarks/cpu_decode.py MODEL --gguf FILE [--gguf FILE ...] --peer PYTHON [--threads 2] [--repeats 5]
 
-MODEL: a quantised folder. FILE: the same model for llama.cpp. PYTHON: an interpreter that has the package
-xllamacpp; in an environment of its own, it is no dependency of ours. Every repeat reads a prompt of 512
-tokens and writes 128 more, greedily, with one side and then the other; medians and the best are printed, and
-what share of a streaming read our decode reaches.
+MODEL: a quantised folder. FILE: the same model for llama.cpp, in any of its formats. PYTHON: an interpreter
+that has the package xllamacpp; in an environment of its own, it is no dependency of ours. Every repeat reads a
+prompt of 512 tokens and writes 128 more, greedily, with one side after the other; medians and the best are
+printed, what share of a streaming read our decode reaches, and with --batch what several sequences give.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import numpy as np
 from quantmill.kernels.cpu.bandwidth import streaming_read
 from quantmill.kernels.cpu.layout import Precision
 from quantmill.kernels.cpu.pool import default_threads, shared_pool
-from quantmill.runtime.cpu.decoder import CpuDecoder
+from quantmill.runtime.cpu.runtime import CpuRuntime
+from quantmill.runtime.interface import PAGE, Piece
+from quantmill.runtime.single import SingleSequence
 
 PEER = """
 import json, sys
@@ -52,15 +54,26 @@ class Speed:
     decode: float
 
 
-def ours(decoder: CpuDecoder, prompt: int, new: int) -> Speed:
+def ours(sequence: SingleSequence, prompt: int, new: int) -> Speed:
     ids = [(7919 * i) % 20000 + 100 for i in range(prompt)]
-    decoder.reset()
+    sequence.reset()
     begin = time.perf_counter()
-    logits = decoder.prefill(ids)
+    logits = sequence.read(ids)
     middle = time.perf_counter()
     for _ in range(new):
-        logits = decoder.step(int(np.argmax(logits)))
+        logits = sequence.read([int(np.argmax(logits))])
     return Speed(prompt / (middle - begin), new / (time.perf_counter() - middle))
+
+
+def batched(runtime: CpuRuntime, sequences: int, steps: int = 32) -> float:
+    """Tokens a second of several sequences that decode together, after 64 tokens each."""
+    pages = [[2 * i, 2 * i + 1] for i in range(sequences)]
+    for own in pages:
+        runtime.forward([Piece(list(range(100, 100 + PAGE)), 0, own)])
+    begin = time.perf_counter()
+    for step in range(steps):
+        runtime.forward([Piece([500 + step], PAGE + step, own) for own in pages])
+    return sequences * steps / (time.perf_counter() - begin)
 
 
 def theirs(python: str, file: Path, threads: int, prompt: int, new: int) -> Speed:
@@ -76,7 +89,7 @@ def theirs(python: str, file: Path, threads: int, prompt: int, new: int) -> Spee
 def report(name: str, speeds: list[Speed]) -> Speed:
     prefill, decode = [s.prefill for s in speeds], [s.decode for s in speeds]
     print(
-        f"{name:10} prefill {median(prefill):7.0f} tok/s (best {max(prefill):.0f})   "
+        f"{name:20} prefill {median(prefill):7.0f} tok/s (best {max(prefill):.0f})   "
         f"decode {median(decode):6.1f} tok/s (best {max(decode):.1f})"
     )
     return Speed(median(prefill), median(decode))
@@ -85,37 +98,40 @@ def report(name: str, speeds: list[Speed]) -> Speed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, action="append", default=[])
     parser.add_argument("--peer")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--batch", type=int, nargs="*", default=[])
     parser.add_argument("--precision", choices=[p.name.lower() for p in Precision])
     asked = parser.parse_args()
     precision = Precision[asked.precision.upper()] if asked.precision else None
-    decoder = CpuDecoder.from_folder(asked.model, threads=asked.threads, precision=precision)
-    sides: dict[str, list[Speed]] = {"quantmill": [], "llama.cpp": []}
-    ours(decoder, asked.prompt, 8)
+    runtime = CpuRuntime.from_folder(asked.model, threads=asked.threads, precision=precision)
+    sequence = SingleSequence(runtime)
+    files = asked.gguf if asked.peer else []
+    mine: list[Speed] = []
+    peers: dict[Path, list[Speed]] = {file: [] for file in files}
+    ours(sequence, asked.prompt, 8)
     reads = []
     for _ in range(asked.repeats):
         reads.append(streaming_read(shared_pool(asked.threads), repeats=1))
-        sides["quantmill"].append(ours(decoder, asked.prompt, asked.new))
-        if asked.gguf and asked.peer:
-            their = theirs(asked.peer, asked.gguf, asked.threads, asked.prompt, asked.new)
-            sides["llama.cpp"].append(their)
+        mine.append(ours(sequence, asked.prompt, asked.new))
+        for file in files:
+            peers[file].append(theirs(asked.peer, file, asked.threads, asked.prompt, asked.new))
     print(f"{asked.threads} threads, {asked.repeats} repeats, load average {os.getloadavg()[0]:.1f}")
-    mine = report("quantmill", sides["quantmill"])
-    bandwidth = decoder.bytes_per_token * mine.decode
+    speed = report(f"quantmill, {runtime.facts.name}", mine)
+    bandwidth = runtime.facts.bytes_per_token * speed.decode
     print(
-        f"           {bandwidth / 1e9:.1f} GB/s of weights, {bandwidth / median(reads):.2f} of a streaming read "
+        f"    {bandwidth / 1e9:.1f} GB/s of weights, {bandwidth / median(reads):.2f} of a streaming read "
         f"({median(reads) / 1e9:.1f} GB/s)"
     )
-    if sides["llama.cpp"]:
-        peer = report("llama.cpp", sides["llama.cpp"])
-        print(
-            f"ratio      prefill {mine.prefill / peer.prefill:.2f}   decode {mine.decode / peer.decode:.2f}"
-        )
+    for file in files:
+        peer = report(f"llama.cpp, {file.suffixes[-2].lstrip('.')}", peers[file])
+        print(f"    ratio: prefill {speed.prefill / peer.prefill:.2f}  decode {speed.decode / peer.decode:.2f}")
+    for sequences in asked.batch:
+        print(f"{sequences} sequences together: {batched(runtime, sequences):.0f} tok/s")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from gptq_models import exact_weight, random_linear
-from quantmill import kernels
+from quantmill.kernels import front_door as kernels
 from quantmill.errors import BadRequest
 from quantmill.formats.gptq import pack
 from quantmill.kernels import backend as rows
-from quantmill.kernels import reference
+from quantmill.kernels import memory, reference
 from quantmill.types import QuantConfig
 
 CPU = torch.device("cpu")
@@ -143,9 +143,9 @@ def test_errors_list_the_rows_and_their_reasons():
 def test_free_memory_heeds_a_container(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    monkeypatch.setattr(rows, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert rows.free_bytes(CPU) == 3000
     (tmp_path / "memory.max").write_text("max\n")
     assert rows.free_bytes(CPU) > 3000
-    monkeypatch.setattr(rows, "_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "none")
     assert rows.free_bytes(CPU) > 3000

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantmill.formats.gptq import is_sequential
+from quantmill.kernels.memory import free_memory
 from quantmill.types import PackedLinear
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +56,4 @@ def free_bytes(device: torch.device) -> int:
     """Memory that a new tensor on `device` could take; on a CPU within this process's control group."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    group = _cgroup_free()
-    return free if group is None else min(free, group)
-
-
-def _cgroup_free() -> int | None:
-    """What a container's limit leaves (cgroup v2); None where there is no limit to read.
-
-    psutil reports the host's memory, of which a container may own a small part.
-    """
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):
-        return None
-    return max(0, int(limit) - used) if limit.isdigit() else None
+    return free_memory()

@@ -6,7 +6,9 @@ import pytest
 import torch
 from linears import Shape, random_linear
 
+from quantmill.errors import BadRequest
 from quantmill.formats.gptq import dequantize
+from quantmill.kernels import front_door
 from quantmill.kernels.backend import LinearSpec, spec_of
 from quantmill.kernels.cpu.backend import CPU, CPU_EXACT
 
@@ -29,8 +31,31 @@ def test_the_faster_row_is_near() -> None:
     packed = random_linear(Shape(64, 256, 64), 4, True)
     x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
     y = CPU.matmul(x, CPU.prepare(packed, torch.float32))
-    wanted = x.detach().double() @ dequantize(packed, torch.float64).T
+    weight = dequantize(packed, torch.float64)
+    wanted = x.detach().double() @ weight.T
     assert (y - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    assert (x.grad - weights.double() @ weight).abs().max() < 1e-4
+
+
+def test_a_named_row_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(random_linear(Shape(16, 64, 32), 4, True), kept_weights=1024)
+    cpu = torch.device("cpu")
+
+    def chosen() -> str:
+        return front_door.plan(spec, cpu, torch.float32)[0][1].name
+
+    assert chosen() == "cpu"
+    monkeypatch.setenv(front_door.VARIABLE, "cpu-exact")
+    assert chosen() == "cpu-exact"
+    front_door.force("dense")
+    assert chosen() == "dense"
+    front_door.force(None)
+    monkeypatch.setenv(front_door.VARIABLE, "magic")
+    with pytest.raises(BadRequest, match="no backend is called 'magic'"):
+        chosen()
 
 
 def test_refusals_say_why() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantmill.kernels import LinearSpec
+from quantmill.kernels.backend import LinearSpec
 from quantmill.kernels.triton import backend, packing, tune, tuning
 from quantmill.kernels.triton.tuning import Cut
 

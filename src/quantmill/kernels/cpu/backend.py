@@ -6,11 +6,13 @@ Knows no model. numba is imported when a linear is prepared.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from quantmill.formats.gptq import dequantize
 from quantmill.kernels.backend import Backend, LinearSpec
 from quantmill.types import PackedLinear
 
@@ -31,28 +33,59 @@ def _refusal(spec: LinearSpec, device: torch.device, dtype: torch.dtype, rows: i
     return None
 
 
-def _prepare(packed: PackedLinear, dtype: torch.dtype) -> RunnableLinear:
+@dataclass(frozen=True, slots=True)
+class State:
+    """A linear ready to run, and the file's tensors, for a gradient."""
+
+    run: RunnableLinear
+    packed: PackedLinear
+
+
+def _prepare(packed: PackedLinear, dtype: torch.dtype) -> State:
     from quantmill.kernels.cpu.layout import Precision
 
-    return _runnable(packed, Precision.INT16)
+    return _state(packed, Precision.INT16)
 
 
-def _prepare_exact(packed: PackedLinear, dtype: torch.dtype) -> RunnableLinear:
+def _prepare_exact(packed: PackedLinear, dtype: torch.dtype) -> State:
     from quantmill.kernels.cpu.layout import Precision
 
-    return _runnable(packed, Precision.EXACT)
+    return _state(packed, Precision.EXACT)
 
 
-def _runnable(packed: PackedLinear, precision: Precision) -> RunnableLinear:
+def _state(packed: PackedLinear, precision: Precision) -> State:
     from quantmill.kernels.cpu.linear import RunnableLinear
     from quantmill.kernels.cpu.packing import pack_linear
 
-    return RunnableLinear(pack_linear(packed), precision=precision)
+    # As many threads as torch uses: a caller who limits torch means us too.
+    run = RunnableLinear(pack_linear(packed), precision=precision, threads=torch.get_num_threads())
+    return State(run, packed)
 
 
-def matmul(x: Tensor, state: RunnableLinear) -> Tensor:
-    """x (rows, K) -> (rows, N) in x's dtype, bias added. No gradient passes."""
-    y = torch.from_numpy(state(x.detach().float().numpy()))
+class _Product(torch.autograd.Function):
+    """The product with the gradient of its input; packed weights have none."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, state: State) -> Tensor:
+        context.state = state
+        return _product(x, state)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        weight = dequantize(context.state.packed, torch.float32)
+        return (gradient.float() @ weight).to(gradient.dtype), None
+
+
+def matmul(x: Tensor, state: State) -> Tensor:
+    """x (rows, K) -> (rows, N) in x's dtype, bias added. A gradient goes to x."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Product.apply(x, state))  # type: ignore[no-untyped-call]
+    return _product(x, state)
+
+
+def _product(x: Tensor, state: State) -> Tensor:
+    y = torch.from_numpy(state.run(x.detach().float().numpy()))
     return y.to(x.dtype).contiguous()
 
 

@@ -143,6 +143,18 @@ def stack(linears: Sequence[CpuLinear]) -> CpuLinear | None:
     )
 
 
+def block_range(linear: CpuLinear, first: int, last: int) -> CpuLinear:
+    """The output rows of blocks [first, last), as views."""
+    return replace(
+        linear,
+        weights=linear.weights[first:last],
+        scales=linear.scales[first:last],
+        zeros=None if linear.zeros is None else linear.zeros[first:last],
+        bias=linear.bias[first * BLOCK : last * BLOCK],
+        out_features=min(linear.out_features, last * BLOCK) - first * BLOCK,
+    )
+
+
 def _stackable(a: CpuLinear, b: CpuLinear) -> bool:
     same_columns = (a.columns is None) == (b.columns is None)
     if a.columns is not None and b.columns is not None:
