@@ -21,6 +21,8 @@ from quantmill.runtime.linear import (
 )
 from quantmill.types import CheckpointFormat, QuantConfig
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 CONFIG = QuantConfig(group_size=32)
 

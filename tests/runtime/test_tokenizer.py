@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from quantmill.errors import BadCheckpoint, BadRequest, SourceNotFound
@@ -68,7 +68,9 @@ def same_talk(folder: Path, talks=TALKS, tools=None) -> None:
         for answer in (True, False):
             text = theirs.apply_chat_template(talk, tools=tools, tokenize=False, add_generation_prompt=answer)
             assert ours.chat_text(talk, tools=tools, answer=answer) == text
-            ids = theirs.apply_chat_template(talk, tools=tools, add_generation_prompt=answer, return_dict=False)
+            ids = theirs.apply_chat_template(
+                talk, tools=tools, add_generation_prompt=answer, return_dict=False
+            )
             assert ours.chat_ids(talk, tools=tools, answer=answer) == ids
 
 
@@ -118,7 +120,10 @@ def test_templates_with_tools(folder: Path):
 
 
 def test_several_templates(folder: Path):
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].type }}"}]
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools[0].type }}"},
+    ]
     change(folder / "tokenizer_config.json", chat_template=named)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     same_talk(folder)
@@ -211,8 +216,15 @@ def spm_folder(folder: Path, kind: str, cls: str, **settings) -> Path:
     merges = [(p[:i], p[i:]) for p in vocab for i in range(1, len(p)) if p[:i] in vocab and p[i:] in vocab]
     merges.sort(key=lambda m: (-ranks[m[0] + m[1]], vocab[m[0]], vocab[m[1]]))
     made = Tokenizer(models.BPE(vocab, merges, fuse_unk=True, byte_fallback=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    steps = [
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     made.decoder = decoders.Sequence(steps)
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
     made.post_processor = processors.TemplateProcessing(

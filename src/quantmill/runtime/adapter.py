@@ -1,8 +1,8 @@
-"""The two classes through which Transformers reads GPTQ folders, and the switch that puts them in its tables.
+"""The classes through which Transformers reads quantised folders, and the switch that puts them in its tables.
 
-Transformers owns the name "gptq" and needs two more packages for it; here its row is replaced by one that
-needs none. Which modules are quantised is read from the weight files, not from the config. The public
-door is `quantmill.hf`.
+Transformers owns the names "gptq", "awq" and "compressed-tensors" and needs more packages for each; here its
+rows are replaced by ones that need none. Which modules are quantised is read from the weight files, not from
+the config. The public door is `quantmill.hf`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -19,9 +19,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from quantmill.errors import BadCheckpoint, BadRequest, UnsupportedModel
-from quantmill.formats.gptq import config_from_json, probe_format, tensor_shapes
+from quantmill.formats.config import module_config
+from quantmill.formats.dialects import Layout
+from quantmill.formats.gptq import config_from_json, config_to_json, probe_format, tensor_shapes
+from quantmill.packed import LAYOUTS
+from quantmill.runtime.foreign import ForeignLinear, tensor_info
 from quantmill.runtime.linear import find_linear, prepare_linears, quant_linears, replace_linears
 from quantmill.types import Json, QuantConfig
 
@@ -57,6 +62,50 @@ class GPTQConfig(transformers.GPTQConfig):  # Transformers compares class *names
     def to_dict(self) -> Json:
         return dict(self.file_keys)
 
+    def module(self, name: str) -> QuantConfig:
+        """The parameters of one module."""
+        return module_config(self.file_keys, name)
+
+
+class AwqConfig(transformers.AwqConfig):  # likewise
+    """A `quantization_config` with method "awq". Once loaded, the model holds GPTQ (v2) tensors and says so.
+
+    Raises UnsupportedModel for another version than "gemm", BadCheckpoint for senseless values.
+    """
+
+    layout = Layout.AWQ
+
+    def __init__(self, **keys: Any) -> None:
+        self.parsed = config_from_json({**keys, "quant_method": "awq"})
+        super().__init__(bits=4, group_size=self.parsed.group_size)
+        self.file_keys = {**keys, "quant_method": "awq"}
+
+    def to_dict(self) -> Json:
+        return config_to_json(self.parsed)
+
+    def module(self, name: str) -> QuantConfig:
+        return module_config(self.file_keys, name)
+
+
+class CompressedTensorsConfig(QuantizationConfigMixin):
+    """A `quantization_config` with method "compressed-tensors", format "pack-quantized". Saved as GPTQ (v2).
+
+    Raises UnsupportedModel for another format or several groups of settings.
+    """
+
+    layout = Layout.COMPRESSED
+
+    def __init__(self, **keys: Any) -> None:
+        self.file_keys = {**keys, "quant_method": "compressed-tensors"}
+        self.parsed = config_from_json(self.file_keys)
+        self.quant_method = QuantizationMethod.COMPRESSED_TENSORS
+
+    def to_dict(self) -> Json:
+        return config_to_json(self.parsed)
+
+    def module(self, name: str) -> QuantConfig:
+        return module_config(self.file_keys, name)
+
 
 class GptqQuantizer(HfQuantizer):
     """Puts a QuantLinear wherever the checkpoint has a `qweight`, then lets Transformers load the buffers."""
@@ -79,19 +128,18 @@ class GptqQuantizer(HfQuantizer):
             return model
         headers = read_headers(files)
         for name, layer in match_layers(model, file_layers(headers)).items():
-            layer.check(find_linear(model, name), config)
+            own = self.quantization_config.module(layer.name)
+            layer.check(find_linear(model, name), own)
             biased = (name,) if layer.bias else ()
-            replace_linears(model, (name,), config, biased=biased, scales_dtype=layer.scales_dtype)
+            replace_linears(model, (name,), own, biased=biased, scales_dtype=layer.scales_dtype)
         check_shapes(model, headers)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        config = self.quantization_config.parsed
-        for layer in quant_linears(model).values():
+        for name, layer in quant_linears(model).items():
             if layer.qzeros.device.type != "meta":
-                layer.checkpoint_format = probe_format(
-                    layer.qzeros, config.bits, config.sym, config.zero_format
-                )
+                own = self.quantization_config.module(name)
+                layer.checkpoint_format = probe_format(layer.qzeros, layer.bits, own.sym, own.zero_format)
         if chosen := prepare_linears(model, model.dtype):
             log.info("%s", chosen)
         return model
@@ -108,6 +156,51 @@ class GptqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+class ForeignQuantizer(HfQuantizer):
+    """Lets Transformers load the tensors of a foreign layout as they are, then rearranges them."""
+
+    quantization_config: AwqConfig | CompressedTensorsConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        headers = read_headers(kwargs.get("checkpoint_files") or [])
+        for name, layer in match_layers(model, foreign_layers(headers, config)).items():
+            layer.check(find_linear(model, name))
+            model.set_submodule(name, layer)
+        check_shapes(model, headers)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, ForeignLinear)]:
+            model.set_submodule(name, layer.to_quant_linear())
+        if chosen := prepare_linears(model, model.dtype):
+            log.info("%s", chosen)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, layer in quant_linears(model).items():
+            model.set_submodule(name, layer.to_linear(dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def foreign_layers(headers: Headers, config: AwqConfig | CompressedTensorsConfig) -> dict[str, ForeignLinear]:
+    """The quantised modules that the files hold, by name, empty."""
+    row, layers = LAYOUTS[config.layout], {}
+    ending = f".{row.marker}"
+    for module in (n.removesuffix(ending) for n in headers if n.endswith(ending)):
+        names = {s: f"{module}.{s}" for s in row.dtypes if f"{module}.{s}" in headers}
+        own = {s: tensor_info(headers[n][1], headers[n][0]) for s, n in names.items()}
+        layers[module] = ForeignLinear(module, config.layout, config.module(module), own)
+    return layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +263,10 @@ def check_shapes(model: Any, headers: Headers) -> None:
             )
 
 
-def match_layers(model: Any, layers: dict[str, FileLayer]) -> dict[str, FileLayer]:
+Layer = TypeVar("Layer", FileLayer, ForeignLinear)
+
+
+def match_layers(model: Any, layers: dict[str, Layer]) -> dict[str, Layer]:
     """The same layers by their names in the model: a class without a head drops the file's "model.".
 
     Raises UnsupportedModel for a quantised module that the model does not have.
@@ -200,36 +296,45 @@ def block_linears(model: nn.Module) -> list[str]:
     ]
 
 
-_ROWS: dict[str, tuple[dict[str, Any], type]] = {
-    "quantizer": (auto.AUTO_QUANTIZER_MAPPING, GptqQuantizer),
-    "config": (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, GPTQConfig),
-}
-_replaced: dict[str, Any] = {}
+# (Transformers' table, the name in it) -> our row.
+_Table = dict[str, Any]
+_QUANTIZERS: _Table = auto.AUTO_QUANTIZER_MAPPING
+_CONFIGS: _Table = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+_ROWS: tuple[tuple[_Table, str, type], ...] = (
+    (_QUANTIZERS, "gptq", GptqQuantizer),
+    (_CONFIGS, "gptq", GPTQConfig),
+    (_QUANTIZERS, "awq", ForeignQuantizer),
+    (_CONFIGS, "awq", AwqConfig),
+    (_QUANTIZERS, "compressed-tensors", ForeignQuantizer),
+    (_CONFIGS, "compressed-tensors", CompressedTensorsConfig),
+)
+_replaced: dict[int, Any] = {}
 
 
 def register() -> None:
-    """Replace Transformers' two rows for "gptq"; a second call changes nothing."""
-    for key, (table, ours) in _ROWS.items():
-        if table.get("gptq") is not ours:
-            _replaced[key] = table.get("gptq")
-            table["gptq"] = ours
+    """Replace Transformers' rows; a second call changes nothing."""
+    for number, (table, name, ours) in enumerate(_ROWS):
+        if table.get(name) is not ours:
+            _replaced[number] = table.get(name)
+            table[name] = ours
 
 
 def unregister() -> None:
     """Put Transformers' own rows back."""
-    for key, theirs in list(_replaced.items()):
-        _ROWS[key][0]["gptq"] = theirs
-        del _replaced[key]
+    for number, theirs in list(_replaced.items()):
+        table, name, _ = _ROWS[number]
+        table[name] = theirs
+        del _replaced[number]
 
 
 @contextmanager
 def registered() -> Iterator[None]:
     """Ours for the length of a `with`; afterwards the rows are as they were before."""
-    before = {key: table.get("gptq") for key, (table, _) in _ROWS.items()}
-    for table, ours in _ROWS.values():
-        table["gptq"] = ours
+    before = [table.get(name) for table, name, _ in _ROWS]
+    for table, name, ours in _ROWS:
+        table[name] = ours
     try:
         yield
     finally:
-        for key, (table, _) in _ROWS.items():
-            table["gptq"] = before[key]
+        for (table, name, _), theirs in zip(_ROWS, before, strict=True):
+            table[name] = theirs

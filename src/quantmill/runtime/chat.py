@@ -8,13 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import Any
 
 from quantmill.errors import BadRequest, UserError
-from quantmill.runtime.generate import Message, chat_ids, generate_ids
+from quantmill.runtime.generate import generate_ids
+from quantmill.runtime.interface import Runtime
+from quantmill.runtime.single import SingleSequence
+from quantmill.runtime.tokenizer import TextTokenizer
 from quantmill.types import SamplingParams
 
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 ReadLine = Callable[[], str | None]  # None or EOFError: no more lines
 Write = Callable[[str], None]
 
@@ -43,7 +46,7 @@ class Conversation:
         self.messages.pop()
         return True
 
-    def ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def ids(self, tokenizer: TextTokenizer) -> list[int]:
         """Token ids up to where the next answer begins.
 
         A template that knows no system role (Mistral's first) gets the system text at the head of the
@@ -51,22 +54,22 @@ class Conversation:
         refuses the messages.
         """
         if not self.system:
-            return chat_ids(tokenizer, self.messages)
+            return tokenizer.chat_ids(self.messages)
         try:
-            return chat_ids(tokenizer, [{"role": "system", "content": self.system}, *self.messages])
+            return tokenizer.chat_ids([{"role": "system", "content": self.system}, *self.messages])
         except BadRequest:
-            if not tokenizer.chat_template or not self.messages:
+            if not tokenizer.has_template or not self.messages:
                 raise
         first, *rest = self.messages
-        return chat_ids(tokenizer, [{**first, "content": f"{self.system}\n\n{first['content']}"}, *rest])
+        return tokenizer.chat_ids([{**first, "content": f"{self.system}\n\n{first['content']}"}, *rest])
 
 
 @dataclass
 class _Session:
     """What the commands of the loop may change."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    sequence: SingleSequence  # remembers what it has read, so each turn reads what is new
+    tokenizer: TextTokenizer
     params: SamplingParams
     write: Write
     talk: Conversation = field(default_factory=Conversation)
@@ -74,8 +77,8 @@ class _Session:
 
 
 def chat_loop(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    tokenizer: TextTokenizer,
     params: SamplingParams,
     read_line: ReadLine,
     write: Write,
@@ -87,9 +90,9 @@ def chat_loop(
     written, not raised; only a tokenizer without a chat template raises BadRequest, at once. Returns the
     conversation.
     """
-    session = _Session(model, tokenizer, params, write)
-    if not tokenizer.chat_template:
+    if not tokenizer.has_template:
         raise BadRequest("this tokenizer has no chat template: use `quantmill generate --prompt TEXT`")
+    session = _Session(SingleSequence(runtime), tokenizer, params, write)
     while session.going:
         line = _next_line(read_line)
         if line is None:
@@ -131,7 +134,7 @@ def _answer(session: _Session) -> None:
 
     try:
         ids = session.talk.ids(session.tokenizer)
-        generate_ids(session.model, session.tokenizer, ids, session.params, on_text=show)
+        generate_ids(session.sequence, session.tokenizer, ids, session.params, on_text=show)
     except KeyboardInterrupt:
         pass
     except UserError:
@@ -162,26 +165,37 @@ def _regen(session: _Session, rest: str) -> None:
 
 
 def _set(session: _Session, rest: str) -> None:
-    """/set NAME VALUE for the fields of SamplingParams; alone it lists them."""
-    now = dataclasses.asdict(session.params)
+    """/set NAME VALUE for the numbers of SamplingParams; alone it lists them."""
     name, _, text = rest.replace("=", " ").partition(" ")
     if name:
-        if name not in now:
-            raise BadRequest(f"no parameter {name!r}; there are {', '.join(now)}: /set temperature 0.7")
-        session.params = SamplingParams(**{**now, name: _number(name, text.strip())})
-    session.write(
-        "".join(f"{k} {v}\n" for k, v in dataclasses.asdict(session.params).items() if name in ("", k))
-    )
+        if name not in _NUMBERS:
+            raise BadRequest(f"no parameter {name!r}; there are {', '.join(_NUMBERS)}: /set temperature 0.7")
+        session.params = dataclasses.replace(session.params, **{name: _number(name, text.strip())})
+    shown = [name] if name else list(_NUMBERS)
+    session.write("".join(f"{key} {getattr(session.params, key)}\n" for key in shown))
 
 
-def _number(name: str, text: str) -> float | int | None:
+def _number(name: str, text: str) -> Any:
     if name == "seed" and text in ("", "none"):
         return None
-    kind = float if name in ("temperature", "top_p", "repetition_penalty") else int
     try:
-        return kind(text)
+        return _NUMBERS[name](text)
     except ValueError:
         raise BadRequest(f"{name} is {text!r}; a number is needed: /set {name} 1") from None
+
+
+_NUMBERS: dict[str, Callable[[str], float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "typical_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "max_new_tokens": int,
+    "seed": int,
+}
 
 
 COMMANDS: dict[str, Callable[[_Session, str], None]] = {

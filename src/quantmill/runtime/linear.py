@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantmill import kernels
+from quantmill.kernels import front_door as kernels
 from quantmill.errors import UnsupportedModel
 from quantmill.formats.gptq import tensor_shapes
 from quantmill.kernels.backend import spec_of

@@ -81,7 +81,8 @@ class SamplerState:
         """Note that `token` is the next of the answer."""
         self.step += 1
         if self._counted:
-            self._counts[self._slot(token)] += 1
+            slot = self._slot(token)  # may replace the arrays
+            self._counts[slot] += 1
 
     def _slot(self, token: int) -> int:
         slot = self._index.setdefault(token, len(self._index))
@@ -125,7 +126,9 @@ def sample_rows(
 
 
 def no_finite_logit() -> QuantmillError:
-    return QuantmillError("the model gave no finite logit for the next token: try --exact, or quantmill check")
+    return QuantmillError(
+        "the model gave no finite logit for the next token: try --exact, or quantmill check"
+    )
 
 
 def _draw(logits: Row, state: SamplerState, mask: Mask | None) -> int:

@@ -1,7 +1,7 @@
 """sampling.py for many rows at once on a GPU (any torch device): one trip back to the processor per step.
 
-Same parameters, same order of work, same random numbers. Sums and cumulated sums are float64, so that the shape of a
-batch cannot decide a draw.
+Same parameters, same order of work, same random numbers. Sums and cumulated sums are float64, so that the shape
+of a batch cannot decide a draw.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def _top_k_p(z: Tensor, params: list[SamplingParams]) -> Tensor:
     if not nucleus:
         return z
     reached = high.masked_fill(high < kth, _NONE).exp().cumsum(dim=-1, dtype=torch.float64)
-    share = _column([p.top_p for p in params], z).double() * z.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    total = z.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    share = _column([p.top_p for p in params], z).double() * total
     cut = torch.searchsorted(reached, share).clamp_(max=high.shape[1] - 1)
     lowest = torch.where(_column([p.top_p for p in params], z) < 1, high.gather(1, cut), _NONE)
     return z.masked_fill(z < lowest, _NONE)
@@ -166,7 +167,7 @@ def _report(logits: Tensor, token: Tensor, states: list[SamplerState]) -> list[S
         return []
     norm = logits.float().logsumexp(dim=-1)
     said = (logits.float().gather(1, token[:, None])[:, 0] - norm).tolist()
-    most = max(1, *(s.params.logprobs or 0 for s in states)) if len(states) > 1 else states[0].params.logprobs or 1
+    most = max(1, max(s.params.logprobs or 0 for s in states))
     values, ids = torch.topk(logits.float(), most, dim=-1)
     tops = zip((values - norm[:, None]).tolist(), ids.tolist(), strict=True)
     out = []

@@ -188,11 +188,11 @@ class Detokenizer:
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """Every token id that ends an answer by generation_config.json or config.json, ascending."""
-    found: set[int] = set()
+    found: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         ends = _optional(folder / name).get("eos_token_id")
-        found |= set(ends if isinstance(ends, list) else [ends])
-    return tuple(sorted(e for e in found if isinstance(e, int)))
+        found += ends if isinstance(ends, list) else [ends]
+    return tuple(sorted({e for e in found if isinstance(e, int)}))
 
 
 def _optional(path: Path) -> Json:
@@ -224,7 +224,7 @@ def _backend(folder: Path, settings: Json, named: Json) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
         backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001  # the library raises Exception itself for a bad file
+    except Exception as error:  # the library raises Exception itself for a bad file
         raise BadCheckpoint(f"{path} cannot be read ({error}): download the model again") from error
     backend.no_truncation()
     backend.no_padding()

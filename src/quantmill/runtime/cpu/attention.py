@@ -1,9 +1,9 @@
-"""Attention over a cache, a chunk of 64 positions at a time, for up to eight queries that share keys.
+"""Attention over a paged cache, one page of 64 positions at a time, for up to eight queries that share keys.
 
-Keys lie as (blocks, head_dim, 16 positions), values as (positions, head_dim), float32 or float16, in a
-ring: position p is at p % capacity, capacity a multiple of 64. A query's part from one chunk is (maximum,
-sum, output): parts are joined by `join`, always in the order of positions, so that neither threads nor
-batches change a bit. The method of parts is online softmax (Milakov and Gimelshein, 2018; Dao et al.,
+In a page a head's keys lie as (4 blocks, head_dim, 16 positions), its values as (64 positions, head_dim),
+float32 or float16. A query's part from one page is (maximum, sum, output): parts are joined by `join`, always
+in the order of positions, and no sum depends on how many queries are read together, so that neither threads
+nor batches change a bit. The method of parts is online softmax (Milakov and Gimelshein, 2018; Dao et al.,
 2022).
 """
 
@@ -19,9 +19,10 @@ from quantmill.kernels.cpu.memory import floats
 from quantmill.kernels.cpu.vectors import F32, I16, I32, F32x16, I16x16, I32x16, Value, Vectors
 from quantmill.kernels.cpu.vectors import I64 as INT64
 from quantmill.runtime.cpu.elementwise import exponential
+from quantmill.runtime.interface import PAGE
 
-CHUNK = 64  # positions
-BLOCK = 16
+BLOCK = 16  # positions
+CHAINS = 2  # independent sums of a score: one would wait for its own last addition
 NEVER = -1e30  # the score of a position that a query may not see
 
 # One query's row in the table that `attend` reads: int64 each.
@@ -38,36 +39,35 @@ def part_size(head_dim: int) -> int:
 
 @intrinsic
 def attend(context: Any, head_dim: Any, half: Any, queries: Any, table: Any, cache: Any, span: Any) -> Any:
-    """Write the parts of `queries` (a literal, 1 to 8) rows of `table` for one chunk.
+    """Write the parts of `queries` (a literal, 1 to 8) rows of `table` for one page.
 
-    cache: addresses of keys and values, blocks in the ring; span: first block (of 16 positions), blocks.
+    cache: addresses of the head's keys and values there; span: the page's first position, blocks of 16 to read.
     """
     literals = head_dim, half, queries
 
     def emit(c: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        keys, values, ring = cgutils.unpack_tuple(builder, arguments[4])
-        first, blocks = cgutils.unpack_tuple(builder, arguments[5])
+        where = [*cgutils.unpack_tuple(builder, arguments[4]), *cgutils.unpack_tuple(builder, arguments[5])]
         sizes = (a.literal_value for a in literals)
-        _Chunk(Vectors(builder), *sizes, arguments[3], keys, values, ring, first, blocks).emit()
+        _Page(Vectors(builder), *sizes, arguments[3], *where).emit()
         return c.get_dummy_value()
 
     return VOID(*literals, table, cache, span), emit
 
 
-class _Chunk:
-    """Emits scores, softmax and the sum of values for one chunk."""
+class _Page:
+    """Emits scores, softmax and the sum of values for one page."""
 
     def __init__(
         self, v: Vectors, head_dim: int, half: bool, queries: int, table: Value, *where: Value
     ) -> None:
         self.v, self.head_dim, self.half, self.queries = v, head_dim, half, queries
-        self.keys, self.values, self.ring, self.first, self.blocks = where
+        self.keys, self.values, self.first, self.blocks = where
         self.size = 2 if half else 4
         self.table = [
             [v.load(v.builder.add(table, v.int64(8 * (ROW * q + i))), INT64, 8) for i in range(ROW)]
             for q in range(queries)
         ]
-        scores = cgutils.alloca_once(v.builder, ir.ArrayType(F32, queries * CHUNK))
+        scores = cgutils.alloca_once(v.builder, ir.ArrayType(F32, queries * PAGE))
         self.scores = v.builder.ptrtoint(scores, INT64)
 
     def emit(self) -> None:
@@ -79,10 +79,6 @@ class _Chunk:
         for begin in range(0, self.head_dim // 16, at_once):
             self._output(range(begin, min(begin + at_once, self.head_dim // 16)))
 
-    def _slot(self, block: Value) -> Value:
-        """Which block of the ring holds block number `block` of the chunk."""
-        return self.v.builder.urem(self.v.builder.add(self.first, block), self.ring)
-
     def _load(self, address: Value) -> Value:
         if not self.half:
             return self.v.load(address, F32x16, 4)
@@ -90,24 +86,23 @@ class _Chunk:
 
     def _score(self, q: int, block: Value) -> Value:
         """Address of a query's 16 scores."""
-        return self.v.offset(self.scores, block, 64, 4 * CHUNK * q)
+        return self.v.offset(self.scores, block, 64, 4 * PAGE * q)
 
     def _scores(self, block: Value) -> None:
         v, b = self.v, self.v.builder
-        keys = v.offset(self.keys, self._slot(block), 16 * self.head_dim * self.size)
-        chains = max(1, 8 // self.queries)
-        sums = [[v.variable(F32x16) for _ in range(chains)] for _ in range(self.queries)]
+        keys = v.offset(self.keys, block, 16 * self.head_dim * self.size)
+        sums = [[v.variable(F32x16) for _ in range(CHAINS)] for _ in range(self.queries)]
         for chain in sums:
             for total in chain:
                 b.store(v.constant(F32x16, 0.0), total)
-        with cgutils.for_range(b, v.int64(self.head_dim // chains)) as loop:
-            for i in range(chains):
-                key = self._load(v.offset(keys, loop.index, 16 * self.size * chains, 16 * self.size * i))
+        with cgutils.for_range(b, v.int64(self.head_dim // CHAINS)) as loop:
+            for i in range(CHAINS):
+                key = self._load(v.offset(keys, loop.index, 16 * self.size * CHAINS, 16 * self.size * i))
                 for q, chain in enumerate(sums):
-                    x = v.load_splat(v.offset(self.table[q][QUERY], loop.index, 4 * chains, 4 * i), F32)
+                    x = v.load_splat(v.offset(self.table[q][QUERY], loop.index, 4 * CHAINS, 4 * i), F32)
                     b.store(v.muladd(key, x, b.load(chain[i])), chain[i])
         lanes = ir.Constant(I32x16, list(range(16)))
-        start = b.trunc(b.mul(b.add(self.first, block), v.int64(BLOCK)), I32)
+        start = b.trunc(v.offset(self.first, block, BLOCK), I32)
         positions = b.add(v.splat(start), lanes)
         for q, chain in enumerate(sums):
             total = b.load(chain[0])
@@ -145,7 +140,7 @@ class _Chunk:
             for total in row:
                 b.store(v.constant(F32x16, 0.0), total)
         with cgutils.for_range(b, self.blocks) as outer:
-            rows = v.offset(self.values, self._slot(outer.index), BLOCK * self.head_dim * self.size)
+            rows = v.offset(self.values, outer.index, BLOCK * self.head_dim * self.size)
             with cgutils.for_range(b, v.int64(BLOCK)) as inner:
                 row = v.offset(rows, inner.index, self.head_dim * self.size)
                 loaded = [self._load(b.add(row, v.int64(16 * self.size * i))) for i in lines]
@@ -191,7 +186,7 @@ def finish(total: int, out: int, head_dim: int) -> None:
 
 @intrinsic
 def store_position(context: Any, head_dim: Any, half: Any, new: Any, cache: Any, slot: Any) -> Any:
-    """Put a position's key and value (addresses of float32) into a head's cache (addresses of both)."""
+    """Put a position's key and value (addresses of float32) into place `slot` of a head's page (addresses of both)."""
     literals = head_dim, half
 
     def emit(c: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:

@@ -1,13 +1,12 @@
-"""The compiled step: one or several new positions through all layers to logits, on every thread of a pool.
+"""The compiled step: new positions of one or several sequences through all layers, on every thread of a pool.
 
 All threads run the same code on their share of rows, heads or tiles and meet between phases. With one
 position every thread prepares the activations for itself, with several they share that out. Everything is
-found through two records of int64 values, `Step` and one `Layer` each. Knows no files and no sampling.
+found through records of int64 values (records.py). Knows no files and no sampling.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum, auto
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,6 @@ from quantmill.kernels.cpu.memory import atomic_add, field, floats, integers
 from quantmill.kernels.cpu.pool import claim, meet, share
 from quantmill.runtime.cpu.attention import (
     BLOCK,
-    CHUNK,
     HIGH,
     LOW,
     OUT,
@@ -31,90 +29,16 @@ from quantmill.runtime.cpu.attention import (
     part_size,
     store_position,
 )
+from quantmill.runtime.cpu.batch import TILE
 from quantmill.runtime.cpu.elementwise import rms_norm, rotate, silu_product
+from quantmill.runtime.cpu.records import Layer, PieceRecord, Row, Step, Ticket
+from quantmill.runtime.interface import PAGE
 
-TILE = 8  # queries that share a reading of keys and values
-
-
-class Step(IntEnum):
-    """The record of a step. Strides are in bytes, a `_at` is an address."""
-
-    ROWS = 0  # new positions
-    POSITION = auto()  # of the first of them
-    LAYERS = auto()
-    LAYERS_AT = auto()
-    HEADS = auto()
-    KV_HEADS = auto()
-    HIDDEN = auto()
-    CONSTANTS_AT = auto()  # float32: epsilon of the norms, scale of the queries
-    HIDDEN_AT = auto()  # (rows, hidden) float32: embeddings in, last hidden state out
-    HIDDEN_STRIDE = auto()
-    QKV_AT = auto()  # (rows, queries, keys, values) float32
-    QKV_STRIDE = auto()
-    MIXED_AT = auto()  # (rows, heads * head_dim) float32: attention's output
-    MIXED_STRIDE = auto()
-    GATE_AT = auto()  # (rows, intermediate) float32
-    UP_AT = auto()
-    GATE_STRIDE = auto()
-    COSINES_AT = auto()  # (positions, head_dim / 2) float32
-    SINES_AT = auto()
-    NORMED_AT = auto()  # a row for each thread
-    NORMED_STRIDE = auto()
-    AREAS_AT = auto()  # three scratch areas for prepared activations
-    AREA_SIZE = auto()
-    PARTS_AT = auto()  # parts of attention (attention.py)
-    TABLES_AT = auto()  # a table of queries for each thread
-    NORM_AT = auto()
-    HEAD = auto()  # descriptor
-    HEAD_ROWS = auto()  # logits for so many of the last positions
-    LOGITS_AT = auto()
-    LOGITS_STRIDE = auto()
-    TICKETS_AT = auto()  # Ticket.BYTES for each layer and for the head, all 0 (pool.claim)
-    FIELDS = auto()
-
-
-class Layer(IntEnum):
-    """The record of a layer. A linear is the address of its descriptor; FRESH: it must prepare its own
-    input."""
-
-    ATTENTION_NORM = 0
-    MLP_NORM = 1
-    QUERY_NORM = 2  # 0: none
-    KEY_NORM = 3
-    INPUTS = (
-        4  # how many linears make queries, keys and values: at most three, each with the next three fields
-    )
-    INPUT = 5
-    INPUT_OFFSET = 8  # bytes into a row of queries, keys and values
-    INPUT_FRESH = 11
-    OUTPUT = 14
-    GATE = 15
-    UP = 16
-    UP_FRESH = 17
-    DOWN = 18
-    KEYS_AT = 19
-    VALUES_AT = 20
-    HEAD_STRIDE = 21  # bytes of one head's keys, and of its values
-    CAPACITY = 22  # positions in the ring
-    WINDOW = 23  # positions that a query sees; 0: all
-    FIELDS = 24
-
-
-class Ticket(IntEnum):
-    """Where in its tickets a layer keeps which, in bytes: a cache line for each."""
-
-    INPUTS = 0  # three
-    OUTPUT = 192
-    GATE = 256
-    DOWN = 320
-    ATTENTION = 384
-    BYTES = 512
-
-
-S, L, T = Step, Layer, Ticket
+S, L, R, P, T = Step, Layer, Row, PieceRecord, Ticket
 # Plain numbers, for arithmetic in compiled code.
 _INPUT, _INPUT_OFFSET, _INPUT_FRESH = int(L.INPUT), int(L.INPUT_OFFSET), int(L.INPUT_FRESH)
 _LAYER_BYTES, _TICKET_BYTES = 8 * int(L.FIELDS), int(T.BYTES)
+_ROW_BYTES, _PIECE_BYTES = 8 * int(R.FIELDS), 8 * int(P.FIELDS)
 _OUTPUT, _GATE, _DOWN, _ATTENTION = (int(t) for t in (T.OUTPUT, T.GATE, T.DOWN, T.ATTENTION))
 
 
@@ -170,7 +94,8 @@ def _rotate(
     first, last = share(field(step, S.ROWS) * (heads + kv_heads), thread, threads)
     for unit in range(first, last):
         row, head = unit // (heads + kv_heads), unit % (heads + kv_heads)
-        position = field(step, S.POSITION) + row
+        record = field(step, S.ROWS_AT) + row * _ROW_BYTES
+        position = field(record, R.POSITION)
         vector = field(step, S.QKV_AT) + row * field(step, S.QKV_STRIDE) + head * width
         angles = position * head_dim * 2
         cosines, sines = field(step, S.COSINES_AT) + angles, field(step, S.SINES_AT) + angles
@@ -181,10 +106,9 @@ def _rotate(
             rotate(vector, cosines, sines, head_dim // 2, constants[1])
         else:
             rotate(vector, cosines, sines, head_dim // 2, 1.0)
-            offset = (head - heads) * field(layer, L.HEAD_STRIDE)
-            keys, values = field(layer, L.KEYS_AT) + offset, field(layer, L.VALUES_AT) + offset
-            slot = position % field(layer, L.CAPACITY)
-            store_position(head_dim, half, (vector, vector + kv_heads * width), (keys, values), slot)
+            page = field(field(record, R.PAGES_AT), position // PAGE)
+            cache = _cache_of(step, layer, page, head - heads)
+            store_position(head_dim, half, (vector, vector + kv_heads * width), cache, position % PAGE)
     meet(meeting, threads)
 
 
@@ -196,91 +120,119 @@ def _low(layer: int, position: int) -> int:
 
 
 @inlined
-def _cache_of(layer: int, kv_head: int) -> tuple[int, int, int]:
-    offset = kv_head * field(layer, L.HEAD_STRIDE)
-    blocks = field(layer, L.CAPACITY) // BLOCK
-    return field(layer, L.KEYS_AT) + offset, field(layer, L.VALUES_AT) + offset, blocks
+def _cache_of(step: int, layer: int, page: int, kv_head: int) -> tuple[int, int]:
+    offset = page * field(step, S.PAGE_STRIDE) + kv_head * field(step, S.HEAD_STRIDE)
+    return field(layer, L.KEYS_AT) + offset, field(layer, L.VALUES_AT) + offset
 
 
 @inlined
-def _span(chunk: int, high: int) -> tuple[int, int]:
-    """First block and number of blocks of a chunk, up to position `high`."""
-    first = chunk * (CHUNK // BLOCK)
-    return first, min(CHUNK // BLOCK, high // BLOCK - first + 1)
+def _span(page: int, high: int) -> tuple[int, int]:
+    """First position of a sequence's page, and how many blocks of it reach up to position `high`."""
+    return page * PAGE, min(PAGE // BLOCK, high // BLOCK - page * (PAGE // BLOCK) + 1)
 
 
 @inlined
 def _attend_one(
-    step: int, layer: int, head_dim: int, half: bool, tile: int, thread: int, threads: int, meeting: int
+    step: int, layer: int, piece: int, unit: int, head_dim: int, half: bool, tile: int, thread: int
 ) -> None:
-    """One new position: tiles of heads times chunks of positions are shared out, then heads to join the
-    parts."""
-    heads, position = field(step, S.HEADS), field(step, S.POSITION)
-    group = heads // field(step, S.KV_HEADS)
-    low, parts = _low(layer, position), field(step, S.PARTS_AT)
-    begin_chunk, chunks = low // CHUNK, position // CHUNK - low // CHUNK + 1
-    size = 4 * part_size(head_dim)
+    """One unit of a piece of one row: a tile of heads on one page."""
+    heads, position = field(step, S.HEADS), field(piece, P.POSITION)
+    group, begin_page = heads // field(step, S.KV_HEADS), field(piece, P.FIRST_PAGE)
+    pages = position // PAGE - begin_page + 1
+    low, size = _low(layer, position), 4 * part_size(head_dim)
+    head, place = unit // pages * tile, unit % pages
+    page = begin_page + place
+    if page < low // PAGE:
+        return
+    query = field(step, S.QKV_AT) + field(piece, P.FIRST_ROW) * field(step, S.QKV_STRIDE)
     address = field(step, S.TABLES_AT) + thread * TILE * ROW * 8
     table = integers(address, TILE * ROW)
-    first, last = share(heads // tile * chunks, thread, threads)
+    for i in range(tile):
+        table[i * ROW + QUERY] = query + (head + i) * head_dim * 4
+        table[i * ROW + OUT] = field(piece, P.PARTS_AT) + ((head + i) * pages + place) * size
+        table[i * ROW + LOW] = low
+        table[i * ROW + HIGH] = position
+    cache = _cache_of(step, layer, field(field(piece, P.PAGES_AT), page), head // group)
+    attend(head_dim, half, tile, address, cache, _span(page, position))
+
+
+@inlined
+def _join_one(step: int, layer: int, head_dim: int, thread: int, threads: int) -> None:
+    """The parts of every piece of one row as its output."""
+    heads, size = field(step, S.HEADS), 4 * part_size(head_dim)
+    first, last = share(field(step, S.DECODES) * heads, thread, threads)
     for unit in range(first, last):
-        head, chunk = unit // chunks * tile, unit % chunks
-        for i in range(tile):
-            table[i * ROW + QUERY] = field(step, S.QKV_AT) + (head + i) * head_dim * 4
-            table[i * ROW + OUT] = parts + ((head + i) * chunks + chunk) * size
-            table[i * ROW + LOW] = low
-            table[i * ROW + HIGH] = position
-        span = _span(begin_chunk + chunk, position)
-        attend(head_dim, half, tile, address, _cache_of(layer, head // group), span)
-    meet(meeting, threads)
-    first, last = share(heads, thread, threads)
-    for head in range(first, last):
-        total = parts + head * chunks * size
-        for chunk in range(1, chunks):
-            join(total, total + chunk * size, head_dim)
-        finish(total, field(step, S.MIXED_AT) + head * head_dim * 4, head_dim)
-    meet(meeting, threads)
+        piece, head = field(step, S.PIECES_AT) + unit // heads * _PIECE_BYTES, unit % heads
+        position, begin_page = field(piece, P.POSITION), field(piece, P.FIRST_PAGE)
+        pages = position // PAGE - begin_page + 1
+        parts = field(piece, P.PARTS_AT) + head * pages * size
+        first_page = _low(layer, position) // PAGE - begin_page
+        total = parts + first_page * size
+        for page in range(first_page + 1, pages):
+            join(total, parts + page * size, head_dim)
+        out = field(step, S.MIXED_AT) + field(piece, P.FIRST_ROW) * field(step, S.MIXED_STRIDE)
+        finish(total, out + head * head_dim * 4, head_dim)
 
 
 @inlined
 def _attend_many(
-    step: int, layer: int, head_dim: int, half: bool, ticket: int, thread: int, threads: int, meeting: int
+    step: int, layer: int, piece: int, unit: int, head_dim: int, half: bool, thread: int
 ) -> None:
-    """Several new positions: tiles of queries that share keys, claimed one by one, as later ones see more."""
-    rows, position = field(step, S.ROWS), field(step, S.POSITION)
+    """One unit of a piece of several rows: a tile of queries that share keys, on all their pages."""
+    rows, position, first_row = field(piece, P.ROWS), field(piece, P.POSITION), field(piece, P.FIRST_ROW)
     group = field(step, S.HEADS) // field(step, S.KV_HEADS)
     size = 4 * part_size(head_dim)
-    totals = field(step, S.PARTS_AT) + thread * 2 * TILE * size
+    totals = field(step, S.TOTALS_AT) + thread * 2 * TILE * size
     address = field(step, S.TABLES_AT) + thread * TILE * ROW * 8
     table = integers(address, TILE * ROW)
     tiles = (rows * group + TILE - 1) // TILE
-    units = field(step, S.KV_HEADS) * tiles
-    unit = atomic_add(ticket, 1)
-    while unit < units:
-        kv_head, tile = unit // tiles, unit % tiles
+    kv_head, tile = unit // tiles, unit % tiles
+    for i in range(TILE):
+        query = min(tile * TILE + i, rows * group - 1)  # the last tile repeats its last query
+        row, head = query // group, kv_head * group + query % group
+        vector = field(step, S.QKV_AT) + (first_row + row) * field(step, S.QKV_STRIDE)
+        table[i * ROW + QUERY] = vector + head * head_dim * 4
+        table[i * ROW + OUT] = totals + (TILE + i) * size
+        table[i * ROW + LOW] = _low(layer, position + row)
+        table[i * ROW + HIGH] = position + row
+        begin(totals + i * size, head_dim)
+    low, high = table[LOW], table[(TILE - 1) * ROW + HIGH]
+    pages_at = field(piece, P.PAGES_AT)
+    for page in range(low // PAGE, high // PAGE + 1):
+        cache = _cache_of(step, layer, field(pages_at, page), kv_head)
+        attend(head_dim, half, 8, address, cache, _span(page, high))
         for i in range(TILE):
-            query = min(tile * TILE + i, rows * group - 1)  # the last tile repeats its last query
-            row, head = query // group, kv_head * group + query % group
-            table[i * ROW + QUERY] = (
-                field(step, S.QKV_AT) + row * field(step, S.QKV_STRIDE) + head * head_dim * 4
-            )
-            table[i * ROW + OUT] = totals + (TILE + i) * size
-            table[i * ROW + LOW] = _low(layer, position + row)
-            table[i * ROW + HIGH] = position + row
-            begin(totals + i * size, head_dim)
-        low, high = table[LOW], table[(TILE - 1) * ROW + HIGH]
-        cache = _cache_of(layer, kv_head)
-        for chunk in range(low // CHUNK, high // CHUNK + 1):
-            attend(head_dim, half, 8, address, cache, _span(chunk, high))
-            for i in range(TILE):
-                join(totals + i * size, totals + (TILE + i) * size, head_dim)
-        for i in range(min(TILE, rows * group - tile * TILE)):
-            query = tile * TILE + i
-            row, head = query // group, kv_head * group + query % group
-            out = field(step, S.MIXED_AT) + row * field(step, S.MIXED_STRIDE) + head * head_dim * 4
-            finish(totals + i * size, out, head_dim)
-        unit = atomic_add(ticket, 1)
+            join(totals + i * size, totals + (TILE + i) * size, head_dim)
+    for i in range(min(TILE, rows * group - tile * TILE)):
+        query = tile * TILE + i
+        row, head = query // group, kv_head * group + query % group
+        out = field(step, S.MIXED_AT) + (first_row + row) * field(step, S.MIXED_STRIDE)
+        finish(totals + i * size, out + head * head_dim * 4, head_dim)
+
+
+@inlined
+def _attend(
+    step: int, layer: int, head_dim: int, half: bool, tile: int, ticket: int,
+    thread: int, threads: int, meeting: int,
+) -> None:  # fmt: skip
+    """Units of all pieces, claimed in order; then the parts of pieces of one row are joined."""
+    units, at_once = field(step, S.UNITS), field(step, S.UNITS_AT_ONCE)
+    piece = field(step, S.PIECES_AT)
+    first = atomic_add(ticket, at_once)
+    while first < units:
+        for unit in range(first, min(first + at_once, units)):
+            while unit >= field(piece, P.LAST_UNIT):
+                piece += _PIECE_BYTES
+            place = unit - field(piece, P.FIRST_UNIT)
+            if field(piece, P.ROWS) == 1:
+                _attend_one(step, layer, piece, place, head_dim, half, tile, thread)
+            else:
+                _attend_many(step, layer, piece, place, head_dim, half, thread)
+        first = atomic_add(ticket, at_once)
     meet(meeting, threads)
+    if field(step, S.DECODES):
+        _join_one(step, layer, head_dim, thread, threads)
+        meet(meeting, threads)
 
 
 @inlined
@@ -329,15 +281,24 @@ def _gate_up(step: int, layer: int, ticket: int, thread: int, threads: int, meet
 
 
 @inlined
-def _logits(step: int, ticket: int, thread: int, threads: int, meeting: int) -> None:
+def _finish(step: int, ticket: int, thread: int, threads: int, meeting: int) -> None:
+    """Logits of the rows that get some, or the last norm's output of all."""
     rows, head, area = field(step, S.HEAD_ROWS), field(step, S.HEAD), field(step, S.AREAS_AT)
     normed = field(step, S.NORMED_AT) + thread * field(step, S.NORMED_STRIDE)
     epsilon = floats(field(step, S.CONSTANTS_AT), 2)[0]
+    hidden, stride = field(step, S.HIDDEN_AT), field(step, S.HIDDEN_STRIDE)
+    size, weight = field(step, S.HIDDEN), field(step, S.NORM_AT)
+    if field(step, S.FINAL_AT):
+        first, last = share(field(step, S.ROWS), thread, threads)
+        for row in range(first, last):
+            out = field(step, S.FINAL_AT) + row * field(step, S.FINAL_STRIDE)
+            rms_norm(hidden + row * stride, weight, size, epsilon, out)
+    if rows == 0:
+        return
     first, last = _mine(rows, thread, threads)
     for row in range(first, last):
-        source = field(step, S.HIDDEN_AT)
-        source += (field(step, S.ROWS) - rows + row) * field(step, S.HIDDEN_STRIDE)
-        rms_norm(source, field(step, S.NORM_AT), field(step, S.HIDDEN), epsilon, normed)
+        source = hidden + field(field(step, S.HEAD_ROWS_AT), row) * stride
+        rms_norm(source, weight, size, epsilon, normed)
         lay_row(head, normed, row, rows, area, thread)
     _together(rows, meeting, threads)
     logits, stride = field(step, S.LOGITS_AT), field(step, S.LOGITS_STRIDE)
@@ -346,9 +307,10 @@ def _logits(step: int, ticket: int, thread: int, threads: int, meeting: int) -> 
 
 @cache
 def step_function(head_dim: int, half: bool, tile: int) -> Any:
-    """The C function of a step (a pool's job). `tile`: heads that decode together, a divisor of heads per
-    KV head;
-    `half`: whether the cache holds float16."""
+    """The C function of a step (a pool's job).
+
+    tile: heads that decode together, a divisor of heads per KV head; half: whether the cache holds float16.
+    """
     stamp = fingerprint("quantmill.runtime.cpu")
 
     @c_function(4)
@@ -359,10 +321,8 @@ def step_function(head_dim: int, half: bool, tile: int) -> Any:
             tickets = field(step, S.TICKETS_AT) + i * _TICKET_BYTES
             _qkv(step, layer, tickets, thread, threads, meeting)
             _rotate(step, layer, head_dim, half, thread, threads, meeting)
-            if field(step, S.ROWS) == 1:
-                _attend_one(step, layer, head_dim, half, tile, thread, threads, meeting)
-            else:
-                _attend_many(step, layer, head_dim, half, tickets + _ATTENTION, thread, threads, meeting)
+            attention = tickets + _ATTENTION
+            _attend(step, layer, head_dim, half, tile, attention, thread, threads, meeting)
             mixed, mixed_stride = field(step, S.MIXED_AT), field(step, S.MIXED_STRIDE)
             _add(
                 step, field(layer, L.OUTPUT), mixed, mixed_stride, tickets + _OUTPUT, thread, threads, meeting
@@ -371,6 +331,6 @@ def step_function(head_dim: int, half: bool, tile: int) -> Any:
             gates, stride = field(step, S.GATE_AT), field(step, S.GATE_STRIDE)
             _add(step, field(layer, L.DOWN), gates, stride, tickets + _DOWN, thread, threads, meeting)
         ticket = field(step, S.TICKETS_AT) + field(step, S.LAYERS) * _TICKET_BYTES
-        _logits(step, ticket, thread, threads, meeting)
+        _finish(step, ticket, thread, threads, meeting)
 
     return run_step

@@ -23,7 +23,7 @@ from quantmill.kernels.cpu.layout import CpuLinear
 if TYPE_CHECKING:
     from quantmill.checkpoint import Checkpoint
 
-VERSION = 1  # of the layout: raise it whenever packing writes other bytes
+VERSION = 2  # of the layout: raise it whenever packing writes other bytes
 ALIGNMENT = 64
 INDEX, ARRAYS = "config.json", "arrays.bin"  # by the index's name files.py knows a folder it may replace
 SAMPLES, SAMPLE_BYTES = 64, 4096

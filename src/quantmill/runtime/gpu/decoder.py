@@ -1,0 +1,258 @@
+"""The fused decoder as a `Runtime`: pieces of token ids in, logits on the GPU out. Knows no text and no sampling.
+
+Pieces of a few tokens are decoded row by row, whole steps as CUDA graphs; a row's bits depend on its sequence
+alone. Longer pieces (prompts) pass one by one, so that theirs do, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantmill.checkpoint import Checkpoint, open_checkpoint
+from quantmill.errors import BadRequest
+from quantmill.runtime.cpu.settings import Settings, read_settings
+from quantmill.runtime.gpu.checking import check_model
+from quantmill.runtime.gpu.layers import Model, TilesAttention, final_states, logits_of
+from quantmill.runtime.gpu.memory import DTYPES, cache_bytes, make_caches, pages_for
+from quantmill.runtime.gpu.ops import Heads, Rows, tile_rows
+from quantmill.runtime.gpu.projection import FEW, Projection
+from quantmill.runtime.gpu.steps import MOST_ROWS, Steps
+from quantmill.runtime.gpu.stream import stream
+from quantmill.runtime.gpu.weights import Weights, read_weights
+from quantmill.runtime.interface import PAGE, Floats, Piece, RuntimeFacts
+from quantmill.runtime.sampling import SamplerState
+from quantmill.runtime.tokenizer import end_tokens
+
+SHORT = 16  # tokens of a piece that is decoded row by row
+AT_ONCE = 4096  # tokens of one pass
+CONTEXT = 32768  # positions where nothing else is asked for and the model can
+
+
+class GpuRuntime:
+    """A quantised model on one GPU. Use `from_folder`. Not for use from several threads at once."""
+
+    def __init__(self, model: Model, facts: RuntimeFacts) -> None:
+        self._model, self._facts = model, facts
+        self._device = model.weights.embedding.device
+        self._lines = -(-facts.context // PAGE)  # pages of one sequence
+        self._steps = Steps(model, self._lines)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path | str,
+        *,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype | None = None,
+        kv_tokens: int | None = None,
+        kv_dtype: str = "fp16",
+        context: int | None = None,
+        selftest: bool = True,
+    ) -> GpuRuntime:
+        """Open a model folder on a GPU.
+
+        dtype: of activations, float16 or bfloat16; None: what config.json says. kv_tokens: positions the cache
+        holds, all sequences together; None: four contexts, or what fits. kv_dtype: "fp16" (as the
+        activations) or "fp8". context: positions of a sequence; None: the model's, at most 32768. selftest:
+        compare every module with the reference first. Raises BadCheckpoint, UnsupportedModel, BadRequest.
+        """
+        checkpoint = open_checkpoint(Path(folder))
+        settings = read_settings(checkpoint.config)
+        place = torch.device(device)
+        dtype = dtype or _dtype_of(checkpoint)
+        if dtype not in DTYPES:
+            raise BadRequest(f"activations are {dtype}; the GPU decoder takes float16 or bfloat16")
+        length = min(settings.positions, CONTEXT) if context is None else context
+        with torch.inference_mode():
+            weights = read_weights(checkpoint, settings, place, dtype, selftest)
+            heads = _heads(settings, weights, length, place)
+            pages = pages_for(settings, length, kv_tokens, kv_dtype, dtype, place)
+            caches = make_caches(settings, pages, kv_dtype, dtype, place)
+            model = Model(weights, heads, caches, settings.epsilon, dtype)
+            if selftest:
+                check_model(model)
+            facts = _facts(checkpoint, settings, weights, length, pages, cache_bytes(caches) // pages, dtype)
+            return cls(model, facts)
+
+    @property
+    def facts(self) -> RuntimeFacts:
+        return self._facts
+
+    @property
+    def model(self) -> Model:
+        return self._model
+
+    def forward(self, pieces: Sequence[Piece]) -> Tensor:
+        """See `Runtime.forward`; logits float32 on the GPU."""
+        with torch.inference_mode():
+            found = self._pass(pieces, logits=True)
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+    def hidden(self, pieces: Sequence[Piece]) -> Floats:
+        """See `Runtime.hidden`; one row per token."""
+        with torch.inference_mode():
+            found = self._pass([Piece(p.tokens, p.start, p.pages, True) for p in pieces], logits=False)
+            states: Floats = torch.cat(found).float().cpu().numpy()
+            return states
+
+    def stream(
+        self, pieces: Sequence[Piece], states: Sequence[SamplerState], most: int
+    ) -> Iterator[list[int]]:
+        """Read prompts and yield the next token of each, `most` times; no step waits for the host.
+
+        Every token is drawn on the GPU and read here one step late. pieces: whole prompts, with pages for their
+        answers. states: as `can_stream` allows; every token is noted in them. Raises BadRequest.
+        """
+        return stream(self, self._steps, pieces, states, most)
+
+    def close(self) -> None:
+        """Give the GPU's memory back."""
+        self._steps.close()
+        del self._model, self._steps
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _pass(self, pieces: Sequence[Piece], logits: bool) -> list[Tensor]:
+        """Results by piece, or all in one where every piece is short."""
+        self._check(pieces)
+        short = [p for p in pieces if len(p.tokens) <= SHORT]
+        rows = self._short(short, logits) if short else None
+        if len(short) == len(pieces) and rows is not None:
+            kept = _kept_rows(short, not logits)
+            return [rows if kept is None else rows[torch.tensor(kept, device=rows.device)]]
+        results, at = [], 0
+        for piece in pieces:
+            count = len(piece.tokens)
+            if count > SHORT:
+                results.append(self._long(piece, logits))
+            elif rows is not None:
+                results.append(rows[at if piece.every else at + count - 1 : at + count])
+                at += count
+        return results
+
+    def _short(self, pieces: Sequence[Piece], logits: bool) -> Tensor:
+        """One row per token of all pieces, in batches of at most MOST_ROWS rows."""
+        batches: list[list[Piece]] = [[]]
+        room = MOST_ROWS
+        for piece in pieces:
+            if len(piece.tokens) > room:
+                batches.append([])
+                room = MOST_ROWS
+            batches[-1].append(piece)
+            room -= len(piece.tokens)
+        kept = [self._steps.run(b, logits).clone() for b in batches[:-1]]  # the next step overwrites it
+        last = self._steps.run(batches[-1], logits)
+        return torch.cat([*kept, last]) if kept else last
+
+    def _long(self, piece: Piece, logits: bool) -> Tensor:
+        """One prompt -> its logits or states, in passes of AT_ONCE tokens."""
+        found = []
+        count = len(piece.tokens)
+        for begin in range(0, count, AT_ONCE):
+            tokens = piece.tokens[begin : begin + AT_ONCE]
+            states = self._states(tokens, piece.start + begin, piece.pages)
+            if piece.every:
+                found.append(logits_of(self._model, states) if logits else states)
+            elif begin + len(tokens) == count:
+                found.append(logits_of(self._model, states[-1:]) if logits else states[-1:])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _states(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> Tensor:
+        count, device = len(tokens), self._device
+        step = tile_rows(self._model.heads[0])
+        firsts = np.arange(0, count, step)
+        tiles = np.zeros((len(firsts), 4), np.int32)
+        tiles[:, 0], tiles[:, 1], tiles[:, 2] = firsts, np.minimum(step, count - firsts), start + firsts
+        line = np.full(self._lines, -1, np.int32)
+        line[: len(pages)] = pages[: self._lines]
+        parts = [np.asarray(tokens, np.int32), np.arange(start, start + count, dtype=np.int32), line]
+        sent = torch.from_numpy(np.concatenate([*parts, tiles.reshape(-1)])).to(device)
+        ids, positions, line_there, tiles_there = sent.split([count, count, len(line), tiles.size])
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        rows = Rows(ids, positions, zeros, line_there.view(1, -1))
+        attention = TilesAttention(rows, tiles_there.view(-1, 4), start + count - 1)
+        product = Projection.few if count <= FEW else Projection.many
+        return final_states(self._model, ids, product, attention)
+
+    def _check(self, pieces: Sequence[Piece]) -> None:
+        """Raises BadRequest for what is outside the vocabulary or the context."""
+        vocab = self._facts.vocab_size
+        if not pieces:
+            raise BadRequest("a pass takes at least one piece")
+        for piece in pieces:
+            count = len(piece.tokens)
+            if not count or min(piece.tokens) < 0 or max(piece.tokens) >= vocab:
+                raise BadRequest(f"a piece holds at least one token id from 0 to {vocab - 1}")
+            end = piece.start + count
+            if piece.start < 0 or end > self._facts.context:
+                raise BadRequest(f"{end} tokens do not fit the context of {self._facts.context}: shorten the text")
+            if len(piece.pages) * PAGE < end:
+                raise BadRequest(f"{len(piece.pages)} pages of {PAGE} do not hold {end} tokens: give more pages")
+
+
+def _kept_rows(pieces: Sequence[Piece], every: bool) -> list[int] | None:
+    """Which rows of a short pass are asked for; None: all."""
+    kept, at = [], 0
+    for piece in pieces:
+        count = len(piece.tokens)
+        kept += range(at if every or piece.every else at + count - 1, at + count)
+        at += count
+    return None if len(kept) == at else kept
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return torch.bfloat16 if named == "bfloat16" else torch.float16
+
+
+def _heads(settings: Settings, weights: Weights, context: int, device: torch.device) -> tuple[Heads, ...]:
+    sizes = settings.sizes
+    frequencies = torch.from_numpy(settings.inverse_frequencies).to(device)
+    angles = torch.arange(context, dtype=torch.float32, device=device)[:, None] * frequencies
+    cosines, sines = angles.cos(), angles.sin()
+    return tuple(
+        Heads(
+            sizes.heads,
+            sizes.kv_heads,
+            sizes.head_dim,
+            settings.epsilon,
+            cosines,
+            sines,
+            block.query_norm,
+            block.key_norm,
+            settings.windows[i],
+        )
+        for i, block in enumerate(weights.blocks)
+    )
+
+
+def _facts(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    weights: Weights,
+    context: int,
+    pages: int,
+    bytes_per_page: int,
+    dtype: torch.dtype,
+) -> RuntimeFacts:
+    windows = set(settings.windows)
+    window = settings.windows[0] if len(windows) == 1 else 0
+    kind = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return RuntimeFacts(
+        name=f"{weights.embedding.device.type} {kind}",
+        vocab_size=settings.sizes.vocab,
+        hidden_size=settings.sizes.hidden,
+        context=context,
+        window=window or None,
+        pages=pages,
+        max_tokens=AT_ONCE,
+        max_pieces=MOST_ROWS,
+        bytes_per_token=weights.nbytes,
+        bytes_per_page=bytes_per_page,
+        eos_token_ids=end_tokens(checkpoint.folder),
+    )

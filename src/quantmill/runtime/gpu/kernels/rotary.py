@@ -1,0 +1,123 @@
+"""Rotary embedding and the paged cache: one head of one row at a time. Knows no attention.
+
+The cache of a layer is (pages, key heads, PAGE, head_dim); in eight bits each key and each value has a float16
+scale of its own, (pages, key heads, PAGE).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FP8_MOST = tl.constexpr(448.0)  # of float8 e4m3
+
+
+@triton.jit
+def rotated(
+    source,  # pointer to the first element of a head, (rows, 1) or a scalar
+    norm,  # (D,) float32; not read unless HAS_NORM
+    cosines,  # pointer to the row's (D / 2,) float32
+    sines,
+    d,
+    mask,
+    D: tl.constexpr,
+    EPSILON: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Heads (rows, D) turned to their position, float32. `mask` (rows, D): which elements there are."""
+    HALF: tl.constexpr = D // 2
+    partner = tl.where(d < HALF, d + HALF, d - HALF)
+    sign = tl.where(d < HALF, -1.0, 1.0)
+    value = tl.load(source + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(source + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(value * value, 1) / D + EPSILON)[:, None]
+        here = d < D
+        value = value * scale * tl.load(norm + d, mask=here, other=0.0)[None, :]
+        other = other * scale * tl.load(norm + partner, mask=here, other=0.0)[None, :]
+    cosine = tl.load(cosines + d[None, :] % HALF, mask=(d < D)[None, :], other=0.0)
+    sine = tl.load(sines + d[None, :] % HALF, mask=(d < D)[None, :], other=0.0)
+    return value * cosine + other * sine * sign[None, :]
+
+
+@triton.jit
+def store_vector(cache, scales, slot, value, d, D: tl.constexpr, FP8: tl.constexpr):
+    """One head's key or value (1, D) float32 into the cache at `slot` (in units of heads)."""
+    at = cache + slot * D + d[None, :]
+    mask = (d < D)[None, :]
+    if FP8:
+        most = tl.max(tl.max(tl.abs(value), 1), 0)
+        scale = tl.maximum(most / FP8_MOST, 1e-6).to(tl.float16)
+        tl.store(scales + slot, scale)
+        small = value / scale.to(tl.float32)
+        small = tl.minimum(tl.maximum(small, -FP8_MOST), FP8_MOST)
+        tl.store(at, small.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=mask)
+    else:
+        tl.store(at, value.to(cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_block(
+    cache,
+    first,
+    written,  # of the N, how many hold something; not looked at unless MASKED
+    d,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    N: tl.constexpr,
+    FP8: tl.constexpr,
+    MASKED: tl.constexpr,
+    x_type: tl.constexpr,
+):
+    """(N, BLOCK_D) keys or values that lie side by side from slot `first` on, in the type of the products."""
+    lane = tl.arange(0, N)[:, None]
+    at = cache + (first + lane) * D + d[None, :]
+    if MASKED:
+        block = tl.load(at, mask=(d < D)[None, :] & (lane < written), other=0)
+    elif BLOCK_D == D:
+        block = tl.load(at)
+    else:
+        block = tl.load(at, mask=(d < D)[None, :], other=0)
+    if FP8:
+        block = block.to(tl.float8e4nv, bitcast=True).to(x_type)
+    return block
+
+
+@triton.jit
+def cache_kernel(
+    qkv,  # (rows, (H + 2 KVH) * D) fp16 or bf16
+    key_norm,  # (D,) float32; not read unless HAS_NORM
+    cosines,  # (context, D / 2) float32
+    sines,
+    keys,  # (pages, KVH, PAGE, D) as qkv, or uint8 where FP8
+    values,
+    key_scales,  # (pages, KVH, PAGE) float16; not touched unless FP8
+    value_scales,
+    positions,  # (rows,) int32; below 0: no token
+    sequences,  # (rows,) int32: the row's line in `pages`
+    pages,  # (sequences, stride) int32
+    page_stride,
+    H: tl.constexpr,
+    KVH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """One program writes one key head's key and value of one row into the cache."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + row)
+    if position < 0:
+        return
+    d = tl.arange(0, BLOCK_D)
+    mask = (d < D)[None, :]
+    page = tl.load(pages + tl.load(sequences + row) * page_stride + position // PAGE)
+    slot = (page.to(tl.int64) * KVH + head) * PAGE + position % PAGE
+    source = qkv + row.to(tl.int64) * ((H + 2 * KVH) * D) + (H + head) * D
+    angle = position.to(tl.int64) * (D // 2)
+    key = rotated(source, key_norm, cosines + angle, sines + angle, d, mask, D, EPSILON, HAS_NORM)
+    store_vector(keys, key_scales, slot, key, d, D, FP8)
+    value = tl.load(source + KVH * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    store_vector(values, value_scales, slot, value, d, D, FP8)

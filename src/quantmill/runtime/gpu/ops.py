@@ -1,0 +1,402 @@
+"""The decoder's kernels as functions of tensors, without the linears. twins.py has every one of them in plain torch.
+
+Outputs and scratch are given by the caller, so that a CUDA graph can hold the calls. Knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantmill.runtime.interface import PAGE
+
+PARTS = 16  # into which a row's text is cut at most
+LEAST_PAGES = 4  # of a part
+RING = 256  # tokens that are drawn before their places are used again
+CHUNK = 4096  # logits of one program that looks for the highest
+TILE = 64  # queries of one program of the tile kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What attention has to know of a layer's heads."""
+
+    count: int
+    kv: int
+    size: int
+    epsilon: float
+    cosines: Tensor  # (context, size / 2) float32
+    sines: Tensor
+    query_norm: Tensor | None  # (size,) float32
+    key_norm: Tensor | None
+    window: int  # positions that a row sees, its own counted; 0: all
+
+    @property
+    def group(self) -> int:
+        return self.count // self.kv
+
+    @property
+    def width(self) -> int:
+        """Elements of queries, keys and values of one row."""
+        return (self.count + 2 * self.kv) * self.size
+
+    @property
+    def reach(self) -> int:
+        return self.window or 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's pages. In eight bits every key and value has a scale of its own."""
+
+    keys: Tensor  # (pages, kv, PAGE, size) as the activations, or uint8 (float8 e4m3)
+    values: Tensor
+    key_scales: Tensor | None  # (pages, kv, PAGE) float16
+    value_scales: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a pass: new tokens, wherever they belong."""
+
+    tokens: Tensor  # (rows,) int32
+    positions: Tensor  # (rows,) int32; below 0: no token, the row is filler
+    sequences: Tensor  # (rows,) int32: the row's line in `pages`
+    pages: Tensor  # (sequences, most pages) int32
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the rows of a self-feeding step draw their tokens, and what they drew. All of one width."""
+
+    sharpness: Tensor  # (rows,) float32: 1 / temperature; 0: greedy
+    top_ks: Tensor  # (rows,) int32; at least the vocabulary: off
+    top_ps: Tensor  # (rows,) float32; 1: off
+    uniforms: Tensor  # (RING, rows) float32: the random number of draw i is in line i % RING
+    steps: Tensor  # (rows,) int32: tokens drawn so far
+    drawn: Tensor  # (RING, rows) int32: token i in line i % RING
+
+    @classmethod
+    def of(cls, rows: int, device: torch.device) -> Draws:
+        return cls(
+            torch.zeros(rows, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.ones(rows, device=device),
+            torch.zeros(RING, rows, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.zeros(RING, rows, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Where the parts of a row's text are added up."""
+
+    sums: Tensor  # (rows, kv, PARTS, group, size) float32
+    tops: Tensor  # (rows, kv, PARTS, group, 2) float32
+    arrived: Tensor  # (rows, kv) int32 zeros
+
+    @classmethod
+    def of(cls, rows: int, heads: Heads, device: torch.device) -> Scratch:
+        shape = (rows, heads.kv, PARTS, heads.group)
+        return cls(
+            torch.zeros(*shape, heads.size, device=device),
+            torch.zeros(*shape, 2, device=device),
+            torch.zeros(rows, heads.kv, dtype=torch.int32, device=device),
+        )
+
+
+def embed_normed(
+    residual: Tensor,
+    embedding: Tensor,
+    tokens: Tensor,
+    gain: Tensor,
+    epsilon: float,
+    order: Tensor | None,
+    out: Tensor,
+) -> None:
+    """residual (rows, K) float32 = embedding[tokens]; out (rows, K or places) = its RMSNorm, gathered."""
+    _norm(residual, embedding, tokens, gain, epsilon, order, out, 1.0)
+
+
+def add_normed(
+    residual: Tensor,
+    added: Tensor | None,
+    gain: Tensor,
+    epsilon: float,
+    order: Tensor | None,
+    out: Tensor,
+    *,
+    times: float = 1.0,
+) -> None:
+    """residual += added * times; out = its RMSNorm (float32 inside, rounded once), in a linear's order."""
+    _norm(residual, added, None, gain, epsilon, order, out, times)
+
+
+def _norm(
+    residual: Tensor,
+    added: Tensor | None,
+    tokens: Tensor | None,
+    gain: Tensor,
+    epsilon: float,
+    order: Tensor | None,
+    out: Tensor,
+    times: float,
+) -> None:
+    from quantmill.runtime.gpu.kernels.norms import norm_kernel
+
+    rows, k = residual.shape
+    places = out.shape[1]
+    norm_kernel[(rows,)](
+        residual,
+        residual if added is None else added,
+        residual if tokens is None else tokens,
+        gain,
+        residual if order is None else order,
+        out,
+        k,
+        places,
+        times,
+        EPSILON=epsilon,
+        EMBED=tokens is not None,
+        HAS_ADDED=added is not None and tokens is None,
+        HAS_ORDER=order is not None,
+        BLOCK=power_of_two(k),
+        BLOCK_OUT=power_of_two(places),
+        num_warps=8 if k > 2048 else 4,
+    )
+
+
+def gated(gate_up: Tensor, scale: float, out: Tensor) -> None:
+    """out (rows, N) = silu(gate) * up * scale, gate_up (rows, 2 N)."""
+    from quantmill.runtime.gpu.kernels.norms import silu_kernel
+
+    rows, n = out.shape
+    block = min(1024, power_of_two(n))
+    silu_kernel[(rows, -(-n // block))](gate_up, out, n, scale, BLOCK=block, num_warps=4)
+
+
+def write_cache(qkv: Tensor, heads: Heads, cache: LayerCache, rows: Rows) -> None:
+    """Keys (turned to their positions) and values of every row into their pages."""
+    from quantmill.runtime.gpu.kernels.rotary import cache_kernel
+
+    cache_kernel[(rows.positions.shape[0], heads.kv)](
+        qkv,
+        qkv if heads.key_norm is None else heads.key_norm,
+        heads.cosines,
+        heads.sines,
+        *_cache_arguments(cache),
+        rows.positions,
+        rows.sequences,
+        rows.pages,
+        rows.pages.stride(0),
+        H=heads.count,
+        KVH=heads.kv,
+        D=heads.size,
+        BLOCK_D=power_of_two(heads.size),
+        PAGE=PAGE,
+        EPSILON=heads.epsilon,
+        HAS_NORM=heads.key_norm is not None,
+        FP8=cache.key_scales is not None,
+        num_warps=1,
+    )
+
+
+def attend_rows(
+    qkv: Tensor,
+    heads: Heads,
+    cache: LayerCache,
+    rows: Rows,
+    scratch: Scratch,
+    places_of: Tensor | None,
+    out: Tensor,
+    *,
+    writes: bool,
+) -> None:
+    """out (rows, places) = every row's attention over its own text.
+
+    writes: put the rows' keys and values into the cache, too; no two rows may then be of one sequence.
+    places_of: (heads * size,) int32, where an element of the result goes.
+    """
+    from quantmill.runtime.gpu.kernels.attention import rows_kernel
+
+    number = rows.positions.shape[0]
+    early = _early(qkv.device)
+    rows_kernel[(number, heads.kv, PARTS)](
+        qkv,
+        qkv if heads.query_norm is None else heads.query_norm,
+        qkv if heads.key_norm is None else heads.key_norm,
+        heads.cosines,
+        heads.sines,
+        *_cache_arguments(cache),
+        rows.positions,
+        rows.sequences,
+        rows.pages,
+        out,
+        rows.positions if places_of is None else places_of,
+        scratch.sums,
+        scratch.tops,
+        scratch.arrived,
+        heads.reach,
+        rows.pages.stride(0),
+        out.shape[1],
+        SCALE=heads.size**-0.5,
+        H=heads.count,
+        KVH=heads.kv,
+        D=heads.size,
+        BLOCK_D=power_of_two(heads.size),
+        ROWS=max(16, power_of_two(heads.group)),
+        PAGE=PAGE,
+        PARTS=PARTS,
+        LEAST=LEAST_PAGES,
+        EPSILON=heads.epsilon,
+        HAS_NORM=heads.query_norm is not None,
+        HAS_ORDER=places_of is not None,
+        FP8=cache.key_scales is not None,
+        WRITES=writes,
+        PDL=early,
+        num_warps=4,
+        num_stages=3,
+        **({"launch_pdl": True} if early else {}),
+    )
+
+
+def attend_tiles(
+    qkv: Tensor,
+    heads: Heads,
+    cache: LayerCache,
+    tiles: Tensor,
+    pages: Tensor,
+    places_of: Tensor | None,
+    out: Tensor,
+    *,
+    windowed: bool,
+) -> None:
+    """The same for many rows of few sequences, whose keys and values are in the cache already.
+
+    tiles: (tiles, 4) int32, at most `tile_rows(heads)` rows each: first row, rows, position of the first row,
+    line in `pages`. windowed: whether some row's window begins after position 0.
+    """
+    from quantmill.runtime.gpu.kernels.attention import tile_kernel
+
+    tile_kernel[(tiles.shape[0], heads.kv)](
+        qkv,
+        qkv if heads.query_norm is None else heads.query_norm,
+        heads.cosines,
+        heads.sines,
+        *_cache_arguments(cache),
+        tiles,
+        pages,
+        out,
+        tiles if places_of is None else places_of,
+        heads.reach,
+        pages.stride(0),
+        out.shape[1],
+        SCALE=heads.size**-0.5,
+        H=heads.count,
+        KVH=heads.kv,
+        D=heads.size,
+        BLOCK_D=power_of_two(heads.size),
+        ROWS=_tile(heads),
+        PAGE=PAGE,
+        EPSILON=heads.epsilon,
+        HAS_NORM=heads.query_norm is not None,
+        HAS_ORDER=places_of is not None,
+        HAS_WINDOW=windowed and heads.window > 0,
+        FP8=cache.key_scales is not None,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y (M, N) = x (M, K) times weight (N, K), fp32 sums; the same bits for a row whatever M is."""
+    from quantmill.runtime.gpu.kernels.dense import dense_kernel
+
+    (m, k), n = x.shape, weight.shape[0]
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64
+    bn = 64
+    early = _early(x.device)
+    dense_kernel[(-(-n // bn), -(-m // bm))](
+        x,
+        weight,
+        weight if bias is None else bias,
+        y,
+        m,
+        n,
+        k,
+        HAS_BIAS=bias is not None,
+        BM=bm,
+        BN=bn,
+        BK=64,
+        PDL=early,
+        num_warps=4,
+        num_stages=5,
+        **({"launch_pdl": True} if early else {}),
+    )
+
+
+def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
+    """Draw every row's next token: into `rows.tokens`, `rows.positions` moved on by one, noted in `draws`."""
+    from quantmill.runtime.gpu.kernels.sampling import draw_kernel, peaks_kernel
+
+    number, vocab = logits.shape
+    chunks = -(-vocab // CHUNK)
+    tops = logits.new_empty(number, chunks)
+    places = torch.empty(number, chunks, dtype=torch.int32, device=logits.device)
+    early = _early(logits.device)
+    options = {"launch_pdl": True} if early else {}
+    peaks_kernel[(number, chunks)](logits, tops, places, vocab, BLOCK=CHUNK, PDL=early, num_warps=8, **options)
+    draw_kernel[(number,)](
+        logits,
+        tops,
+        places,
+        draws.sharpness,
+        draws.top_ks,
+        draws.top_ps,
+        draws.uniforms,
+        draws.steps,
+        rows.tokens,
+        rows.positions,
+        draws.drawn,
+        vocab,
+        chunks,
+        draws.drawn.shape[1],
+        RING=RING,
+        CHUNKS=power_of_two(chunks),
+        BLOCK=min(8192, power_of_two(vocab)),
+        PDL=early,
+        num_warps=16,
+        **options,
+    )
+
+
+def tile_rows(heads: Heads) -> int:
+    """Rows of the pass that one tile of `attend_tiles` takes."""
+    return _tile(heads) // heads.group
+
+
+def _tile(heads: Heads) -> int:
+    return max(TILE, power_of_two(heads.group))
+
+
+def _cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pointers; those to scales are not followed where there are none."""
+    none = cache.keys
+    key_scales = none if cache.key_scales is None else cache.key_scales
+    value_scales = none if cache.value_scales is None else cache.value_scales
+    return cache.keys, cache.values, key_scales, value_scales
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _early(device: torch.device) -> bool:
+    from quantmill.kernels.triton.linear import can_start_early
+
+    return can_start_early(device) and os.environ.get("TRITON_INTERPRET", "0") != "1"

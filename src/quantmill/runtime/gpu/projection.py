@@ -1,0 +1,193 @@
+"""Linears that share an input, stacked side by side, as the decoder runs them. Knows no model.
+
+Few rows go straight from the codes, and a row's bits do not depend on how many come with it. Many rows of one
+piece go through a dense copy and the vendor's product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantmill.formats.bits import pack_words
+from quantmill.formats.gptq import unpack_zeros
+from quantmill.kernels.triton.linear import RunnableLinear, dense_weight, matmul
+from quantmill.kernels.triton.packing import tile
+from quantmill.runtime.gpu import ops
+from quantmill.types import CheckpointFormat, PackedLinear
+
+FEW = 128  # rows that go straight from the codes at once
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One linear: quantised, or a dense weight."""
+
+    packed: RunnableLinear | None
+    weight: Tensor | None  # (N, K)
+    bias: Tensor | None  # (N,) float32, of a dense one
+
+    @property
+    def nbytes(self) -> int:
+        """What one step reads of it."""
+        if self.packed is not None:
+            return self.packed.tiled.nbytes
+        assert self.weight is not None
+        return self.weight.numel() * self.weight.element_size()
+
+    @property
+    def inputs(self) -> int:
+        if self.packed is not None:
+            return self.packed.tiled.in_features
+        assert self.weight is not None
+        return self.weight.shape[1]
+
+    @property
+    def order(self) -> Tensor | None:
+        """The order through which the kernel itself reads x."""
+        return None if self.packed is None else self.packed.tiled.order
+
+    @property
+    def outputs(self) -> int:
+        if self.packed is not None:
+            return self.packed.tiled.out_features
+        assert self.weight is not None
+        return self.weight.shape[0]
+
+    def few(self, x: Tensor) -> Tensor:
+        """x (M, places), any M -> (M, N), FEW rows at a time."""
+        if self.packed is not None:
+            blocks = [matmul(block, self.packed) for block in x.split(FEW)]
+            return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        assert self.weight is not None
+        y = x.new_empty(x.shape[0], self.weight.shape[0])
+        ops.dense(x, self.weight, self.bias, y)
+        return y
+
+    def many(self, x: Tensor) -> Tensor:
+        """The same through a dense copy and the vendor's product."""
+        weight = self.dense(x.dtype)
+        bias = self.bias if self.packed is None else self.packed.tiled.bias
+        if self.packed is not None and self.packed.tiled.order is not None:
+            x = x.index_select(1, self.packed.tiled.order.clamp(min=0).long())
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (N, places) in `dtype`."""
+        if self.packed is not None:
+            return dense_weight(self.packed.tiled, dtype)
+        assert self.weight is not None
+        return self.weight.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One or several parts with one input. `order`: the input of each place of x, below 0: 0; None: as it is."""
+
+    parts: tuple[Part, ...]
+    order: Tensor | None  # (places,) int32
+    places: int  # columns of x
+    outputs: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def few(self, x: Tensor) -> Tensor:
+        """x (M, places) -> (M, outputs) in x's dtype; a row's bits do not depend on M."""
+        results = [part.few(x) for part in self.parts]
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def many(self, x: Tensor) -> Tensor:
+        """The same through a dense copy; the bits depend on M."""
+        results = [part.many(x) for part in self.parts]
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    @property
+    def place_of(self) -> Tensor | None:
+        """(inputs,) int32: where each input goes; the inverse of `order`."""
+        if self.order is None:
+            return None
+        taken = self.order >= 0
+        inverse = torch.empty(int(taken.sum()), dtype=torch.int32, device=self.order.device)
+        places = torch.arange(self.places, dtype=torch.int32, device=self.order.device)
+        inverse[self.order[taken].long()] = places[taken]
+        return inverse
+
+
+def quantised(linears: Sequence[PackedLinear]) -> Projection:
+    """Stack linears (on one device) that share an input; apart where they cannot be one."""
+    stacked = stack(linears)
+    if stacked is None:
+        return apart([part_of(p) for p in linears], linears[0].in_features)
+    tiled = tile(stacked)
+    order, places = tiled.order, tiled.in_features
+    if order is not None:  # whoever makes x puts it into this order
+        places = order.shape[0]
+        tiled = dataclasses.replace(tiled, order=None, in_features=places)
+    return Projection((Part(RunnableLinear.of(tiled), None, None),), order, places, tiled.out_features)
+
+
+def part_of(linear: PackedLinear) -> Part:
+    """One linear by itself, whose kernel reads x through its order if it has one."""
+    return Part(RunnableLinear.of(tile(linear)), None, None)
+
+
+def apart(parts: Sequence[Part], inputs: int) -> Projection:
+    """Linears that stay as they are, each reading x as it comes."""
+    return Projection(tuple(parts), None, inputs, sum(p.outputs for p in parts))
+
+
+def unquantised(weight: Tensor, bias: Tensor | None) -> Part:
+    """A dense linear; `bias` float32."""
+    return Part(None, weight.contiguous(), bias)
+
+
+def stack(linears: Sequence[PackedLinear]) -> PackedLinear | None:
+    """One linear with the outputs of all, or None where bits, groups or their order differ."""
+    first = linears[0]
+    if len(linears) == 1:
+        return first
+    same = all(
+        (p.bits, p.group_size, p.in_features) == (first.bits, first.group_size, first.in_features)
+        and torch.equal(p.g_idx, first.g_idx)
+        for p in linears
+    )
+    if not same:
+        return None
+    zeros = torch.cat(
+        [unpack_zeros(p.qzeros, p.bits, p.out_features, p.checkpoint_format) for p in linears]
+    )
+    bias = None
+    if any(p.bias is not None for p in linears):
+        bias = torch.cat([p.scales.new_zeros(p.out_features) if p.bias is None else p.bias for p in linears])
+    return dataclasses.replace(
+        first,
+        qweight=torch.cat([p.qweight for p in linears], 1),
+        qzeros=pack_words(zeros, first.bits).T.contiguous(),
+        scales=torch.cat([p.scales for p in linears], 1),
+        bias=bias,
+        out_features=sum(p.out_features for p in linears),
+        checkpoint_format=CheckpointFormat.GPTQ_V2,
+    )
+
+
+def reordered(linear: PackedLinear, order: Tensor | None) -> PackedLinear:
+    """Outputs in another order: output i of the result is output order[i]."""
+    if order is None:
+        return linear
+    at = order.long()
+    zeros = unpack_zeros(linear.qzeros, linear.bits, linear.out_features, linear.checkpoint_format)
+    return dataclasses.replace(
+        linear,
+        qweight=linear.qweight.index_select(1, at),
+        qzeros=pack_words(zeros.index_select(0, at), linear.bits).T.contiguous(),
+        scales=linear.scales.index_select(1, at),
+        bias=None if linear.bias is None else linear.bias.index_select(0, at),
+        out_features=len(at),
+        checkpoint_format=CheckpointFormat.GPTQ_V2,
+    )

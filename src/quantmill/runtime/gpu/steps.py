@@ -1,0 +1,144 @@
+"""Decode steps: rows of one token each, a whole step in one CUDA graph per batch size and kind.
+
+Inputs (tokens, positions, pages) lie in one buffer on the GPU that a graph reads; a step copies them there and
+replays. Without a GPU (the interpreter) the same calls run one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantmill.runtime.gpu import ops
+from quantmill.runtime.gpu.layers import Model, RowsAttention, final_states, logits_of
+from quantmill.runtime.gpu.ops import Draws, Rows, Scratch
+from quantmill.runtime.gpu.projection import Projection
+from quantmill.runtime.interface import Piece
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MOST_ROWS = BUCKETS[-1]
+_SLOTS = 2  # inputs on their way at once
+
+
+class Kind(Enum):
+    """What a step is for."""
+
+    ALONE = "one token of every sequence"
+    TOGETHER = "several tokens of a sequence"
+    DRAWING = "one token of every sequence, and the next is drawn and put in its place"
+
+
+class Inputs:
+    """What a step reads: on the host (pinned) and on the device, in one piece each."""
+
+    def __init__(self, lines: int, device: torch.device) -> None:
+        self._lines = lines  # pages of one sequence
+        size = MOST_ROWS * (3 + lines)
+        pinned = device.type == "cuda"
+        self._hosts = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(_SLOTS)]
+        self._arrived: list[torch.cuda.Event | None] = [None] * _SLOTS
+        self._turn = 0
+        self.there = torch.zeros(size, dtype=torch.int32, device=device)
+
+    def rows(self, count: int) -> Rows:
+        """Views of the device's buffer for a step of `count` rows."""
+        tokens, positions, sequences = (
+            self.there[i * MOST_ROWS : i * MOST_ROWS + count] for i in range(3)
+        )
+        pages = self.there[3 * MOST_ROWS :].view(MOST_ROWS, self._lines)
+        return Rows(tokens, positions, sequences, pages)
+
+    def send(self, pieces: Sequence[Piece], count: int) -> None:
+        """Put the pieces' tokens into the first rows of `count`; the rest is filler."""
+        self._turn = (self._turn + 1) % _SLOTS
+        event, host = self._arrived[self._turn], self._hosts[self._turn]
+        if event is not None:
+            event.synchronize()  # the copy from this buffer before last is through
+        numbers = host.numpy()
+        header, pages = numbers[: 3 * MOST_ROWS].reshape(3, MOST_ROWS), numbers[3 * MOST_ROWS :]
+        header[0, :count], header[1, :count], header[2, :count] = 0, -1, 0
+        at = 0
+        for line, piece in enumerate(pieces):
+            rows = slice(at, at + len(piece.tokens))
+            header[0, rows] = piece.tokens
+            header[1, rows] = np.arange(piece.start, piece.start + len(piece.tokens))
+            header[2, rows] = line
+            begin, used = line * self._lines, min(len(piece.pages), self._lines)
+            pages[begin : begin + used] = piece.pages[:used]
+            at = rows.stop
+        sent = 3 * MOST_ROWS + len(pieces) * self._lines
+        self.there[:sent].copy_(host[:sent], non_blocking=True)
+        if self.there.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._arrived[self._turn] = event
+
+
+class Steps:
+    """Runs decode steps of one model."""
+
+    def __init__(self, model: Model, lines: int) -> None:
+        self._model = model
+        device = model.weights.embedding.device
+        self.inputs = Inputs(lines, device)
+        self._scratch = Scratch.of(MOST_ROWS, model.heads[0], device)
+        self.draws = Draws.of(MOST_ROWS, device)
+        self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def run(self, pieces: Sequence[Piece], logits: bool = True) -> Tensor:
+        """One step -> logits (tokens of all pieces, vocab), or final states; overwritten by the next step."""
+        count = sum(len(p.tokens) for p in pieces)
+        bucket = bucket_of(count)
+        kind = Kind.ALONE if count == len(pieces) else Kind.TOGETHER
+        self.ready(bucket, kind)
+        self.inputs.send(pieces, bucket)
+        states, scores = self.replay(bucket, kind)
+        return (scores if logits else states)[:count]
+
+    def ready(self, bucket: int, kind: Kind) -> None:
+        """Make the graph now if it is not there."""
+        if self._pool is not None and (bucket, kind) not in self._graphs:
+            self.inputs.send([], bucket)  # filler only: running it changes nothing
+            self._graphs[bucket, kind] = self.capture(lambda: self._body(bucket, kind))
+
+    def replay(self, bucket: int, kind: Kind) -> tuple[Tensor, Tensor]:
+        """The step on what lies in `inputs` -> states and logits of every row. It has to be ready."""
+        if self._pool is None:
+            return self._body(bucket, kind)
+        graph, states, logits = self._graphs[bucket, kind]
+        graph.replay()
+        return states, logits
+
+    def capture(
+        self, body: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        """The body as a graph. It runs once before, which compiles its kernels."""
+        body()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            states, logits = body()
+        return graph, states, logits
+
+    def close(self) -> None:
+        """Let the graphs and their memory go."""
+        self._graphs.clear()
+
+    def _body(self, bucket: int, kind: Kind) -> tuple[Tensor, Tensor]:
+        rows = self.inputs.rows(bucket)
+        attention = RowsAttention(rows, self._scratch, alone=kind is not Kind.TOGETHER)
+        states = final_states(self._model, rows.tokens, Projection.few, attention)
+        logits = logits_of(self._model, states)
+        if kind is Kind.DRAWING:
+            ops.draw(logits, self.draws, rows)
+        return states, logits
+
+
+def bucket_of(rows: int) -> int:
+    """Rows of the graph that serves so many."""
+    return next(b for b in BUCKETS if b >= rows)

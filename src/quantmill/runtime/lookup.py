@@ -1,0 +1,123 @@
+"""Speculative decoding by prompt lookup: guess the next tokens from what the text has said before, check in one pass.
+
+The longest recent n-gram that occurred earlier is looked up, and what followed it there is the guess (Saxena,
+2023, "prompt lookup decoding"). One pass gives the logits after every guessed token. A guess stands where it is
+what the sampler draws from those logits, so the answer is, token for token, what it would have been without
+guessing: greedy or sampled, as a sampler's random numbers depend on the position alone. Knows no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from quantmill.runtime.interface import Logits, Piece, Runtime
+
+Draw = Callable[[Logits], int]  # logits (1, vocab) -> the next token, noted in the sampler's state
+
+
+@dataclass(frozen=True, slots=True)
+class Guessing:
+    """How guesses are made."""
+
+    longest: int = 4  # tokens of an n-gram that is looked up
+    shortest: int = 2
+    most: int = 7  # tokens guessed at once: with the one before them, a pass of 8 rows
+    patience: int = 4  # after so many guesses in a row that were wrong from the first token ...
+    pause: int = 16  # ... so many tokens pass without a guess
+
+
+class Index:
+    """Where every n-gram of a growing text ended last, so that a lookup costs the same however long the text is."""
+
+    def __init__(self, ids: Sequence[int], guessing: Guessing) -> None:
+        self._sizes = range(guessing.longest, guessing.shortest - 1, -1)
+        self._most = guessing.most
+        self.ids: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where the text went on after it
+        for token in ids:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """The text goes on with a token."""
+        for size in self._sizes:  # what ended before this token is now known to go on
+            if len(self.ids) >= size:
+                self._ends[tuple(self.ids[-size:])] = len(self.ids)
+        self.ids.append(token)
+
+    def guess(self) -> list[int]:
+        """What followed the longest n-gram at the end of the text the last time; [] where none was there before."""
+        for size in self._sizes:
+            if len(self.ids) < size:
+                continue
+            at = self._ends.get(tuple(self.ids[-size:]))
+            if at is not None:
+                return self._ahead(at)
+        return []
+
+    def _ahead(self, at: int) -> list[int]:
+        """`most` tokens from `at` on; where the text ends first, it repeats."""
+        period = len(self.ids) - at
+        return [self.ids[at + i % period] for i in range(self._most)]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What guessing came to."""
+
+    passes: int = 0
+    guessed: int = 0
+    right: int = 0
+
+
+def generate_ahead(
+    runtime: Runtime,
+    ids: Sequence[int],
+    pages: Sequence[int],
+    draw: Draw,
+    *,
+    most: int,
+    guessing: Guessing | None = None,
+    tally: Tally | None = None,
+) -> Iterator[int]:
+    """Yield the answer to the prompt `ids`, at most `most` tokens; stop by no longer asking.
+
+    pages: for prompt and answer, all held. draw: takes logits (1, vocab), gives the token and notes it; it is
+    called once for every token that is yielded, in order, and never for a guess that fell.
+    """
+    guessing, tally = guessing or Guessing(), tally or Tally()
+    index, made = Index(ids, guessing), 0
+    logits = _prompt(runtime, ids, pages)
+    token = draw(logits)
+    wrong = rest = 0
+    while True:
+        made += 1
+        index.add(token)
+        yield token
+        if made == most:
+            return
+        guess = index.guess() if not rest else []
+        rest = max(0, rest - 1)
+        at = len(index.ids) - 1
+        guess = guess[: min(most - made - 1, runtime.facts.context - at - 1)]
+        rows = runtime.forward([Piece([token, *guess], at, pages, every=True)])
+        tally.passes += 1
+        tally.guessed += len(guess)
+        token, stood = draw(rows[:1]), 0
+        while stood < len(guess) and token == guess[stood]:
+            stood += 1
+            made += 1
+            index.add(token)
+            yield token
+            token = draw(rows[stood : stood + 1])
+        tally.right += stood
+        wrong = wrong + 1 if guess and not stood else 0 if guess else wrong
+        if wrong >= guessing.patience:
+            wrong, rest = 0, guessing.pause
+
+
+def _prompt(runtime: Runtime, ids: Sequence[int], pages: Sequence[int]) -> Logits:
+    step = runtime.facts.max_tokens
+    for begin in range(0, len(ids), step):
+        logits = runtime.forward([Piece(ids[begin : begin + step], begin, pages)])
+    return logits

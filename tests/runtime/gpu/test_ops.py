@@ -1,0 +1,207 @@
+"""Every kernel of the decoder beside its slow twin, at and around pages, parts, windows and tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from quantmill.runtime.gpu import ops, twins
+from quantmill.runtime.interface import PAGE
+
+CONTEXT = 1600
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-5}
+
+
+def near(a: torch.Tensor, b: torch.Tensor, times: int = 1) -> bool:
+    difference = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-9)
+    return bool(difference < TOLERANCE[a.dtype] * times)  # also false for NaN
+
+
+def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def make_heads(device, count=4, kv=2, size=16, window=0, norms=False) -> ops.Heads:
+    angles = torch.arange(CONTEXT)[:, None] * 1e-2 ** (torch.arange(size // 2) / size * 2)
+    gains = (random(size, device=device, dtype=torch.float32) if norms else None,) * 2
+    return ops.Heads(count, kv, size, 1e-5, angles.cos().to(device), angles.sin().to(device), *gains, window)
+
+
+def make_cache(heads: ops.Heads, pages: int, device, fp8: bool = False) -> ops.LayerCache:
+    """Full of numbers, those of places that nobody has written NaN."""
+    shape = (pages, heads.kv, PAGE, heads.size)
+    if fp8:
+        scales = torch.rand(2, pages, heads.kv, PAGE, generator=torch.Generator().manual_seed(3)) * 0.01 + 0.001
+        eight = (random(2, *shape, device=device, dtype=torch.float32) * 100).to(torch.float8_e4m3fn)
+        return ops.LayerCache(*eight.view(torch.uint8), *scales.half().to(device))
+    return ops.LayerCache(*random(2, *shape, device=device), None, None)
+
+
+def make_rows(positions: list[int], sequences: list[int], device) -> ops.Rows:
+    """Every sequence has pages of its own, scattered."""
+    most = CONTEXT // PAGE
+    count = max(sequences) + 1
+    pages = torch.randperm(count * most, generator=torch.Generator().manual_seed(5)).view(count, most)
+    numbers = (torch.tensor(x, dtype=torch.int32, device=device) for x in (positions, positions, sequences))
+    return ops.Rows(*numbers, pages.int().to(device))
+
+
+def copied(cache: ops.LayerCache) -> ops.LayerCache:
+    return ops.LayerCache(*(None if t is None else t.clone() for t in dataclasses.astuple(cache)))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("width", [64, 72])
+def test_add_normed(device, width, ordered):
+    residual, added = random(3, width, device=device, dtype=torch.float32), random(3, width, device=device)
+    gain = random(width, device=device, dtype=torch.float32, seed=1)
+    order = torch.randperm(width, device=device, dtype=torch.int32) if ordered else None
+    if order is not None:
+        order = torch.cat([order[:20], torch.full((8,), -1, dtype=torch.int32, device=device), order[20:]])
+    outs = [torch.full((3, width + 8 * ordered), float("nan"), dtype=torch.float16, device=device) for _ in "ab"]
+    residuals = [residual.clone(), residual.clone()]
+    for module, out, mine in zip((ops, twins), outs, residuals, strict=True):
+        module.add_normed(mine, added, gain, 1e-5, order, out)
+    assert near(*residuals)
+    assert near(*outs)
+
+
+def test_embed_normed(device):
+    embedding, gain = random(50, 64, device=device), random(64, device=device, dtype=torch.float32, seed=1)
+    tokens = torch.tensor([0, 49, 7], dtype=torch.int32, device=device)
+    found = []
+    for module in (ops, twins):
+        residual = torch.full((3, 64), float("nan"), device=device)
+        out = torch.empty(3, 64, dtype=torch.float16, device=device)
+        module.embed_normed(residual, embedding, tokens, gain, 1e-5, None, out)
+        found.append((residual, out))
+    assert torch.equal(found[0][0], found[1][0])
+    assert near(found[0][1], found[1][1])
+
+
+def test_gated_keeps_large_products_within_fp16(device):
+    gate_up = random(3, 2 * 96, device=device) * 1000
+    found = [torch.empty(3, 96, dtype=torch.float16, device=device) for _ in "ab"]
+    for module, out in zip((ops, twins), found, strict=True):
+        module.gated(gate_up, 1 / 256, out)
+    assert torch.isfinite(found[0]).all()
+    assert (found[0].float() * 256).max() > 65504
+    assert near(*found)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_write_cache(device, fp8, norms):
+    heads = make_heads(device, norms=norms)
+    rows = make_rows([0, 63, -1, 64, 700], [0, 1, 2, 3, 3], device)
+    qkv, start = random(5, heads.width, device=device), make_cache(heads, 4 * CONTEXT // PAGE, device, fp8)
+    caches = [copied(start), copied(start)]
+    for module, cache in zip((ops, twins), caches, strict=True):
+        module.write_cache(qkv, heads, cache, rows)
+    for mine, wanted, before in zip(*(dataclasses.astuple(c) for c in (*caches, start)), strict=True):
+        if mine is None:
+            continue
+        if mine.dtype == torch.uint8:  # a value between two of float8's may go either way
+            mine, wanted = (t.view(torch.float8_e4m3fn).float() for t in (mine, wanted))
+            assert (mine - wanted).norm() / wanted.norm() < 1e-2
+        else:
+            assert near(mine, wanted)
+            assert not torch.equal(mine, before)
+
+
+@pytest.mark.parametrize(
+    ("count", "kv", "size", "window", "fp8", "norms", "writes"),
+    [
+        (4, 2, 16, 0, False, False, True),
+        (4, 2, 16, 100, False, False, False),
+        (6, 2, 24, 0, True, True, True),  # a group and a size that are no powers of two
+        (4, 4, 16, 1, False, True, True),
+    ],
+)
+def test_attend_rows(device, count, kv, size, window, fp8, norms, writes):
+    heads = make_heads(device, count, kv, size, window, norms)
+    positions = [0, 62, 63, 64, -1, 255, 256, 300, CONTEXT - 1]
+    rows = make_rows(positions, list(range(len(positions))), device)
+    qkv = random(len(positions), heads.width, device=device)
+    start = make_cache(heads, len(positions) * CONTEXT // PAGE, device, fp8)
+    scratch, found = ops.Scratch.of(len(positions), heads, device), []
+    for module in (ops, twins):
+        cache, out = copied(start), torch.zeros(len(positions), count * size, dtype=torch.float16, device=device)
+        module.attend_rows(qkv, heads, cache, rows, scratch, None, out, writes=writes)
+        found.append(out)
+    assert near(*found, times=8 if fp8 else 1)  # a value between two of float8's may go either way
+    assert not scratch.arrived.any()
+
+
+def test_a_rows_bits_do_not_depend_on_the_others(device):
+    heads = make_heads(device)
+    rows = make_rows([700, 20, 300], [0, 1, 2], device)
+    qkv, cache = random(3, heads.width, device=device), make_cache(heads, 3 * CONTEXT // PAGE, device)
+    together = torch.zeros(3, 64, dtype=torch.float16, device=device)
+    scratch = ops.Scratch.of(3, heads, device)
+    ops.attend_rows(qkv, heads, cache, rows, scratch, None, together, writes=True)
+    for i in range(3):
+        alone, one = torch.zeros(1, 64, dtype=torch.float16, device=device), slice(i, i + 1)
+        row = ops.Rows(rows.tokens[one], rows.positions[one], rows.sequences[one], rows.pages)
+        ops.attend_rows(qkv[one].clone(), heads, cache, row, scratch, None, alone, writes=True)
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(("window", "fp8"), [(0, False), (100, False), (0, True)])
+def test_attend_tiles(device, window, fp8, ordered):
+    heads = make_heads(device, 6, 2, 24, window, True)
+    tiles = torch.tensor(
+        [[0, 21, 0, 0], [21, 3, 21, 0], [24, 21, 120, 1], [45, 1, 500, 2]], dtype=torch.int32, device=device
+    )
+    assert int(tiles[:, 1].max()) <= ops.tile_rows(heads)
+    pages = make_rows([0] * 3, [0, 1, 2], device).pages
+    qkv, cache = random(46, heads.width, device=device), make_cache(heads, 3 * CONTEXT // PAGE, device, fp8)
+    places_of = torch.randperm(144, device=device, dtype=torch.int32) if ordered else None
+    found = []
+    for module in (ops, twins):
+        out = torch.full((46, 144), float("nan"), dtype=torch.float16, device=device)
+        module.attend_tiles(qkv, heads, cache, tiles, pages, places_of, out, windowed=True)
+        found.append(out)
+    assert near(*found)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (17, 72, 65), (70, 200, 130)])
+def test_dense(device, shape):
+    m, k, n = shape
+    x, weight = random(m, k, device=device), random(n, k, device=device, seed=1)
+    bias = random(n, device=device, dtype=torch.float32)
+    found = [torch.full((m, n), float("nan"), device=device) for _ in "ab"]
+    for module, out in zip((ops, twins), found, strict=True):
+        module.dense(x, weight, bias, out)
+    assert (found[0] - found[1]).norm() / found[1].norm() < 1e-3
+    one = torch.empty(1, n, device=device)
+    ops.dense(x[-1:], weight, bias, one)
+    assert torch.equal(one[0], found[0][-1])
+
+
+@pytest.mark.parametrize("vocab", [300, 5000])
+def test_draw(device, vocab):
+    """Greedy, warm, top_k with a tie, top_p, both; the ends of the random numbers; a filler row."""
+    kinds = [(0, vocab, 1), (1, vocab, 1), (1.5, 7, 1), (0.7, vocab, 0.8), (1, 20, 0.5), (2, 1, 1), (1, vocab, 1)]
+    uniforms = (0.0, 0.3, 0.77, 0.999999)
+    rows_of = [(*kind, u) for kind in kinds for u in uniforms]
+    logits = random(len(rows_of), vocab, device=device, dtype=torch.float32) * 2
+    logits[8:12, 100:104] = logits[8:12].topk(7).values[:, -1:]  # whole ties stay in
+    found = []
+    for module in (ops, twins):
+        draws, count = ops.Draws.of(len(rows_of) + 2, device), len(rows_of)
+        positions = torch.arange(count, dtype=torch.int32, device=device)
+        positions[-1] = -1
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        rows = ops.Rows(zeros, positions, zeros, zeros.view(1, -1))
+        for i, (sharp, k, p, u) in enumerate(rows_of):
+            draws.sharpness[i], draws.top_ks[i], draws.top_ps[i] = sharp, k, p
+            draws.uniforms[i % ops.RING, i], draws.steps[i] = u, i
+        module.draw(logits, draws, rows)
+        found.append((rows.tokens, rows.positions, draws.steps, draws.drawn))
+    for mine, wanted in zip(*found, strict=True):
+        assert torch.equal(mine, wanted)
+    assert len(set(found[0][0].tolist())) > 8

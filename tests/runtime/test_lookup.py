@@ -1,0 +1,93 @@
+"""Guessing ahead changes nothing but the number of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from quantmill.runtime.interface import Piece, RuntimeFacts
+from quantmill.runtime.lookup import Guessing, Index, Tally, generate_ahead
+from quantmill.runtime.sampling import SamplerState, sample
+from quantmill.types import SamplingParams
+
+VOCAB = 12
+FACTS = RuntimeFacts("toy", VOCAB, 4, 400, None, 8, 32, 4, 1, 1, ())
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1)
+WARM = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1, seed=5)
+
+
+class Toy:
+    """A model whose next token depends on the last `memory` tokens; refuses rows that it has not been told of."""
+
+    facts = FACTS
+
+    def __init__(self, memory: int) -> None:
+        self.memory, self.text, self.passes = memory, [0] * FACTS.context, 0
+
+    def forward(self, pieces: Sequence[Piece]) -> np.ndarray:
+        (piece,) = pieces
+        self.passes += 1
+        self.text[piece.start : piece.start + len(piece.tokens)] = piece.tokens
+        ends = range(piece.start, piece.start + len(piece.tokens))
+        rows = [self._logits(end) for end in (ends if piece.every else ends[-1:])]
+        return np.stack(rows)
+
+    def _logits(self, end: int) -> np.ndarray:
+        seen = self.text[max(0, end + 1 - self.memory) : end + 1]
+        seed = sum((t + 1) * 31**i for i, t in enumerate(seen))
+        return np.random.default_rng(seed).normal(0, 2, VOCAB).astype(np.float32)
+
+
+def plainly(params: SamplingParams, ids: list[int], count: int, memory: int) -> list[int]:
+    toy, state, text = Toy(memory), SamplerState(params, ids), list(ids)
+    logits = toy.forward([Piece(ids, 0, range(8))])
+    for _ in range(count):
+        text.append(sample(logits[0], state).token)
+        logits = toy.forward([Piece(text[-1:], len(text) - 1, range(8))])
+    return text[len(ids) :]
+
+
+@pytest.mark.parametrize("params", [GREEDY, WARM])
+@pytest.mark.parametrize("memory", [1, 3, 40])
+@pytest.mark.parametrize("count", [1, 2, 9, 150])
+def test_the_answer_is_the_same(params, memory, count):
+    ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    toy, state, tally = Toy(memory), SamplerState(params, ids), Tally()
+    draw = lambda row: sample(row[0], state).token  # noqa: E731
+    found = list(generate_ahead(toy, ids, range(8), draw, most=count, tally=tally))
+    assert found == plainly(params, ids, count, memory)
+    assert state.step == count
+    assert toy.passes == tally.passes + 1
+
+
+def test_a_text_that_repeats_takes_few_passes():
+    toy, state, tally = Toy(1), SamplerState(GREEDY, [3]), Tally()
+    answer = list(generate_ahead(toy, [3], range(8), lambda r: sample(r[0], state).token, most=200, tally=tally))
+    assert len(answer) == 200
+    assert tally.passes < 50
+    assert tally.right > 150
+
+
+def test_guesses_that_never_hold_are_given_up_for_a_while():
+    toy, tally, guessing = Toy(40), Tally(), Guessing(shortest=1)
+    state = SamplerState(WARM, [3])
+    list(generate_ahead(toy, [3], range(8), lambda r: sample(r[0], state).token, most=300, guessing=guessing, tally=tally))
+    assert tally.guessed < 300 * guessing.most * 0.5
+    assert toy.passes <= 301
+
+
+def test_the_longest_and_latest_n_gram_is_looked_up():
+    index = Index([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3], Guessing(longest=3, shortest=2, most=3))
+    assert index.guess() == [7, 9, 2]  # after 1 2 3, not after the later 2 3
+    index.add(8)
+    assert index.guess() == [1, 2, 3]  # after 2 3 8
+    assert Index([5, 6, 5, 6, 5, 6], Guessing(most=5)).guess() == [5, 6, 5, 6, 5]
+    assert Index([1, 2, 3], Guessing()).guess() == []
+
+
+def test_nothing_passes_the_context():
+    toy, state = Toy(1), SamplerState(GREEDY, [3])
+    ids = [3] * 390
+    assert len(list(generate_ahead(toy, ids, range(8), lambda r: sample(r[0], state).token, most=10))) == 10
