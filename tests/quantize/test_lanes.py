@@ -22,8 +22,9 @@ def block_and_frame(model_type: str, hidden: torch.Tensor):
     return block, frames[0]
 
 
+@pytest.mark.parametrize("waiting", [True, False])
 @pytest.mark.parametrize("model_type", list(ARCHITECTURES))
-def test_outputs_and_inputs_are_the_blocks_own(model_type: str) -> None:
+def test_outputs_and_inputs_are_the_blocks_own(model_type: str, waiting: bool) -> None:
     hidden = [torch.randn(2, 12, 64) for _ in range(3)]
     groups = ARCHITECTURES[model_type].groups
     with torch.inference_mode():
@@ -37,8 +38,15 @@ def test_outputs_and_inputs_are_the_blocks_own(model_type: str) -> None:
         for h in hidden:
             block(h, **frame)
         visited: dict[str, Hessian] = {}
+        out: list[torch.Tensor] = []
         with TappedBlock(block, groups, torch.float32) as tapped:
-            out = tapped.run(hidden, [frame] * 3, lambda g, h: visited.update({g.name: h}))
+            tapped.run(
+                hidden,
+                [frame] * 3,
+                lambda g, h: visited.update({g.name: h}),
+                keep=lambda i, h: out.insert(i, h),
+                waiting=waiting,
+            )
     for a, b in zip(out, expected, strict=True):
         assert torch.allclose(a, b[0] if isinstance(b, tuple) else b, atol=1e-5)
     assert list(visited) == [g.name for g in groups]
@@ -64,7 +72,7 @@ def test_a_later_group_sees_what_was_decided_at_an_earlier_one() -> None:
                         )
                     inputs[f"{group.name} {change}"] = hessian.mean()
 
-                tapped.run(hidden, [frame], at_group)
+                tapped.run(hidden, [frame], at_group, keep=lambda *_: None)
 
         run(False)
         run(True)
@@ -90,7 +98,7 @@ def test_a_table_that_does_not_match_the_block_is_our_error() -> None:
             TappedBlock(block, wrong, torch.float32) as tapped,
             pytest.raises(RuntimeError, match="the block runs"),
         ):
-            tapped.run(hidden, [frame], lambda *_: None)
+            tapped.run(hidden, [frame], lambda *_: None, keep=lambda *_: None)
 
 
 @pytest.mark.parametrize("k", [3, 4, 5, 64, 130])

@@ -59,7 +59,7 @@ def test_static_order_gives_the_textbook_integers(bits: int, k: int) -> None:
     cost[factor.order] = factor.cost
     scales, zeros = fit_grids(W, cost, config)
     expected = textbook_gptq(W, H, config, lambda g, *_: (scales[:, g].double(), zeros[:, g].double()))
-    found = solver._round(W, factor, config).codes
+    found = solver.round_to_grid(W, factor, config).codes
     assert (found.float() != expected).float().mean() < 2e-3  # float32 against float64, at ties only
 
 
@@ -78,7 +78,7 @@ def test_grids_of_dynamic_orders_are_fitted_on_compensated_weights(act_order: Ac
         return grids[g]
 
     expected = textbook_gptq(W, H, config, grid)
-    found = solver._round(W, factor, config)
+    found = solver.round_to_grid(W, factor, config)
     assert (found.codes.float() != expected).float().mean() < 5e-3
     assert torch.allclose(found.scales[:, 0].double(), grids[0][0], rtol=1e-3)
 
@@ -88,7 +88,7 @@ def test_brute_force_agrees_where_columns_do_not_interact() -> None:
     W, _ = problem(6, 8)
     H = torch.diag(torch.rand(8) + 0.5)
     factor, _ = factorise(H, config)
-    linear = solver._round(W, factor, config)
+    linear = solver.round_to_grid(W, factor, config)
     step = linear.scales.float()
     choices = torch.tensor(list(itertools.product(range(4), repeat=8)), dtype=torch.float32)
     for row in range(6):
@@ -101,7 +101,7 @@ def test_between_brute_force_and_rounding_to_nearest() -> None:
     config = QuantConfig(bits=2, group_size=8, damp_percent=0.01)
     W, H = problem(12, 8, seed=3)
     factor, _ = factorise(H, config)
-    linear = solver._round(W, factor, config)
+    linear = solver.round_to_grid(W, factor, config)
     step = linear.scales.float()
     choices = torch.tensor(list(itertools.product(range(4), repeat=8)), dtype=torch.float32)
     best = nearest = 0.0
@@ -118,11 +118,15 @@ def test_between_brute_force_and_rounding_to_nearest() -> None:
 
 def test_reversed_cholesky() -> None:
     _, H = problem(1, 33)
-    V = reversed_cholesky(H.double() + 0.1 * torch.eye(33))
-    assert V is not None
+    diagonal, order = H.diagonal().double() + 0.1, torch.randperm(33)
+    L = reversed_cholesky(H, diagonal, order)
+    assert L is not None
+    V = L.flip(0, 1)
     assert torch.equal(V, V.triu())
-    assert torch.allclose(V @ V.T, H.double() + 0.1 * torch.eye(33), atol=1e-10)
-    assert reversed_cholesky(-torch.eye(3)) is None
+    wanted = H.double()
+    wanted.diagonal().copy_(diagonal)
+    assert torch.allclose(V @ V.T, wanted[order][:, order], atol=1e-10)
+    assert reversed_cholesky(torch.eye(3), -torch.ones(3).double(), torch.arange(3)) is None
 
 
 SHAPES = [(8, 8, 8), (24, 40, 16), (16, 576, 128), (33, 130, 128), (16, 64, -1), (16, 64, 128)]
@@ -195,7 +199,7 @@ def test_refit_lowers_the_loss_and_keeps_signs() -> None:
     config = QuantConfig(bits=3, group_size=16)
     W, H = problem(32, 64)
     factor, _ = factorise(H, config)
-    before = solver._round(W, factor, config)
+    before = solver.round_to_grid(W, factor, config)
     after = refit(W, factor.damped, before)
     assert relative_loss(W, dequantize(after), factor.damped) < relative_loss(
         W, dequantize(before), factor.damped

@@ -21,6 +21,8 @@ from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadRequest
 from quantmill.files import atomic_folder, write_json
 from quantmill.formats.gptq import config_to_json
+from quantmill.manifest import write_manifest
+from quantmill.portable import public_command, public_source
 from quantmill.quantize.job import Finished, Job
 from quantmill.types import Json, ModuleReport, Variant
 from quantmill.weights import save_tensors
@@ -79,6 +81,7 @@ def write_variant(
         _write_configs(folder, checkpoint, variant, report)
         _copy_companions(checkpoint.folder, folder, checkpoint.config)
         write_json(folder / REPORT, report)
+        write_manifest(folder)
     modules = tuple(ModuleReport(**m) for m in report["modules"])
     return Finished(variant.branch, target, weight_bytes(target), modules, report["seconds"])
 
@@ -86,12 +89,14 @@ def write_variant(
 def _all_tensors(
     checkpoint: Checkpoint, solved: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Unquantised tensors in float16, then the packed ones."""
+    """The solved tensors, then those of the source that they do not replace, in float16."""
     replaced = {f"{m}.{suffix}" for m in module_names(checkpoint.config) for suffix in ("weight", "bias")}
+    for name, tensor in solved:
+        replaced.add(name)
+        yield name, tensor
     for name in checkpoint.tensors:
         if name not in replaced:
             yield name, to_half(checkpoint.load(name))
-    yield from solved
 
 
 def to_half(tensor: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ def build_report(
     calibration = job.calibration
     return {
         "quantmill": quantmill.__version__,
-        "source": job.source_name,
+        "source": public_source(job.source_name),
         "branch": variant.branch,
         "config": dataclasses.asdict(variant.config) | {"checkpoint_format": str(variant.config.zero_format)},
         "preset": job.preset,
@@ -158,7 +163,7 @@ def build_report(
         },
         "fallbacks": [f"{m.name}: {m.fallback}" for m in listed if m.fallback],
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "numba")},
-        "command": job.command,
+        "command": public_command(job.command),
         **measured,
         "modules": [dataclasses.asdict(m) for m in listed],
     }

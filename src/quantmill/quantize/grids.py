@@ -129,3 +129,17 @@ def _zeros(reach: Tensor, scale: Tensor, zero0: Tensor, max_code: int, grid: Gri
         return (zero0,)
     exact = reach / scale
     return tuple(z.clamp(grid.lowest_zero, max_code) for z in (exact.floor(), exact.ceil()))
+
+
+def fit_groups_torch(
+    w: Tensor, c: Tensor, size: int, max_code: int, grid: Grid, factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Grids of all groups of `size` consecutive columns, the last one may be shorter.
+
+    w (N, K) float32, c (K,) float32 -> scales (N, ceil(K / size)) float32 holding float16 values, zeros alike.
+    """
+    pairs = [
+        fit_torch(group, cost, max_code, grid, factors)
+        for group, cost in zip(torch.split(w, size, 1), torch.split(c, size), strict=True)
+    ]
+    return torch.stack([s for s, _ in pairs], 1), torch.stack([z for _, z in pairs], 1)

@@ -27,9 +27,13 @@ class Job:
     variants: tuple[Variant, ...]
     calibration: CalibrationSet
     preset: str = "fast"
+    tune_blocks: bool = False  # with preset best: scales and norms by gradient on every block's output
+    distill: bool = False  # with preset best: scales and norms by gradient on the original's logits
     device: str = "cpu"
     resume: bool = False
     command: str = ""
+    max_vram: int | None = None  # bytes of GPU memory that may be taken; None: what is free
+    max_ram: int | None = None  # bytes of host memory, likewise
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ Knows nothing of quantisation: `at_group` decides what happens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantmill.architectures import LinearGroup
+from quantmill.quantize.arithmetic import product
 from quantmill.quantize.hessian import Hessian
 
 AtGroup = Callable[[LinearGroup, Hessian], None]
+Keep = Callable[[int, Tensor], None]
 Frame = Mapping[str, Any]  # the keyword arguments Transformers passes to this block
 
 
@@ -46,15 +48,18 @@ class Tap(nn.Module):
         super().__init__()
         self.name, self.gate, self.matmul_dtype = name, gate, matmul_dtype
         self.original = linear
-        self.use(linear.weight.detach())
+        self.current: Tensor | None = None  # the original weight, until another is to be used
 
     def use(self, weight: Tensor) -> None:
         """From now on multiply with `weight` (N, K)."""
         self.current = weight.to(self.matmul_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            x = x.to(self.matmul_dtype)  # rounded once, for the Hessian and for the product
         self.gate.arrive(self.name, x)
-        y = nn.functional.linear(x.to(self.matmul_dtype), self.current).to(x.dtype)
+        weight = self.original.weight.detach() if self.current is None else self.current
+        y = product(x, weight.to(self.matmul_dtype))
         return y if self.original.bias is None else y + self.original.bias
 
 
@@ -85,17 +90,57 @@ class TappedBlock:
         """The original weight (N, K) float32 of a linear."""
         return self.taps[module].original.weight.detach().float()
 
-    def run(self, hidden: Sequence[Tensor], frames: Sequence[Frame], at_group: AtGroup) -> list[Tensor]:
-        """Outputs of all lanes; `at_group(group, hessian)` is called once per group, when all have arrived."""
+    def run(
+        self,
+        hidden: Sequence[Tensor],
+        frames: Sequence[Frame],
+        at_group: AtGroup,
+        *,
+        keep: Keep,
+        waiting: bool = True,
+    ) -> None:
+        """Send all batches through; `keep(i, output)` gets each one's output.
+
+        `at_group(group, hessian)` is called once per group, when all batches have arrived there. A batch that
+        is `waiting` for that holds its residual and the group's input and then goes on; where memory lacks,
+        batches start again for every group, one at a time: the block is then run about twice.
+        """
         self.gate.passed.clear()
+        if waiting:
+            self._run_waiting(hidden, frames, at_group, keep)
+        else:
+            self._run_again(hidden, frames, at_group, keep)
+
+    def _run_waiting(self, hidden: Sequence[Tensor], frames: Sequence[Frame], at_group: AtGroup, keep: Keep) -> None:
         lanes = [greenlet(self._lane(frame)) for frame in frames]
         answers = [lane.switch(h) for lane, h in zip(lanes, hidden, strict=True)]
         for group in self.groups:
             at_group(group, _collect(group, answers))
             self.gate.passed.add(group.name)
             answers.clear()  # or every lane's last input would be kept until all lanes have moved on
-            answers = [lane.switch() for lane in lanes]
-        return answers
+            if group is not self.groups[-1]:
+                answers = [lane.switch() for lane in lanes]
+        while lanes:
+            keep(len(frames) - len(lanes), lanes.pop(0).switch())
+
+    def _run_again(self, hidden: Sequence[Tensor], frames: Sequence[Frame], at_group: AtGroup, keep: Keep) -> None:
+        for group in self.groups:
+            at_group(group, _collect(group, self._arrivals(hidden, frames)))
+            self.gate.passed.add(group.name)
+        self.forward(hidden, frames, keep)
+
+    def forward(self, hidden: Sequence[Tensor], frames: Sequence[Frame], keep: Keep) -> None:
+        """Send all batches through with the weights as they are, stopping nowhere."""
+        self.gate.passed.update(group.name for group in self.groups)
+        for i, frame in enumerate(frames):
+            keep(i, self._lane(frame)(hidden[i]))
+
+    def _arrivals(self, hidden: Sequence[Tensor], frames: Sequence[Frame]) -> Iterator[tuple[LinearGroup, Tensor]]:
+        """What each batch brings to the next group, one at a time."""
+        for i, frame in enumerate(frames):
+            lane = greenlet(self._lane(frame))
+            yield lane.switch(hidden[i])
+            lane.throw()  # its frames, and what they hold, are given up
 
     def _lane(self, frame: Frame) -> Callable[[Tensor], Tensor]:
         def forward(hidden: Tensor) -> Tensor:
@@ -106,14 +151,15 @@ class TappedBlock:
         return forward
 
 
-def _collect(group: LinearGroup, answers: Sequence[tuple[LinearGroup, Tensor]]) -> Hessian:
+def _collect(group: LinearGroup, answers: Iterable[tuple[LinearGroup, Tensor]]) -> Hessian:
     """The Hessian over all lanes' inputs."""
-    first = answers[0][1]
-    hessian = Hessian(first.shape[-1], first.device)
+    hessian: Hessian | None = None
     for arrived, x in answers:
         if arrived.name != group.name:
             raise RuntimeError(f"the block runs {arrived.name} where the table says {group.name}")
+        hessian = hessian or Hessian(x.shape[-1], x.device)
         hessian.add(x)
+    assert hessian is not None, "there are batches"
     return hessian
 
 

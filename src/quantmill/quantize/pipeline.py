@@ -14,26 +14,25 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from quantmill.architectures import LinearGroup
 from quantmill.checkpoint import Checkpoint, open_checkpoint
-from quantmill.errors import BadCheckpoint
-from quantmill.formats.gptq import pack, unpack
+from quantmill.quantize.best_step import BestStep, finish, lane_rows
+from quantmill.quantize.block_step import BlockStep
 from quantmill.quantize.folder import build_report, read_finished, write_variant
-from quantmill.quantize.hessian import Hessian
-from quantmill.quantize.job import BlockFinished, Finished, Job, ModuleSolved, OnEvent, RunStarted, rows_share
-from quantmill.quantize.lanes import TappedBlock
+from quantmill.quantize.job import BlockFinished, Finished, Job, OnEvent, RunStarted, rows_share
+from quantmill.quantize.memory import GPU_BASE, Residence, choose, lane_tokens, load_of
+from quantmill.quantize.presets import recipe_of
 from quantmill.quantize.shell import Shell
-from quantmill.quantize.solver import dequantize, solve_group
+from quantmill.quantize.states import States
 from quantmill.quantize.work import SolvedBlock, WorkFolder
-from quantmill.types import IntLinear, Json, ModuleReport, PackedLinear, QuantConfig, Variant
-
-LANE_TOKENS = 4096  # tokens that run through a block at once
+from quantmill.types import Json, ModuleReport, QuantConfig, Variant
 
 
 @dataclass
@@ -42,9 +41,12 @@ class Stream:
 
     variant: Variant
     work: WorkFolder
-    hidden: list[Tensor]
+    hidden: States
+    residence: Residence
     reports: list[ModuleReport]
     seconds: float = 0.0
+    unsaved: tuple[int, Future[None]] | None = None  # the block that is being written
+    original: States | None = None  # the original's, where a recipe compares both
 
 
 def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
@@ -52,26 +54,50 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
     checkpoint = open_checkpoint(job.source)
     shell = Shell(checkpoint, torch.device(job.device))
     finished = {v.branch: read_finished(job, v, _identity(job, v, checkpoint)) for v in job.variants}
-    streams = [_open_stream(job, v, shell) for v in job.variants if finished[v.branch] is None]
+    to_do = [v for v in job.variants if finished[v.branch] is None]
+    residence = _residence(job, to_do or job.variants, checkpoint)
+    streams = [_open_stream(job, v, shell, residence) for v in to_do]
     on_event(
         RunStarted(len(shell), len(shell.architecture.modules), tuple(s.variant.branch for s in streams))
     )
-    with torch.inference_mode():
+    with torch.no_grad(), ThreadPoolExecutor(1) as writer:  # block tuning turns gradients on for itself
         for index in range(len(shell)) if streams else ():
-            _quantize_block(shell, index, streams, on_event)
+            _quantize_block(job, shell, index, streams, writer, on_event)
+        for stream in streams:
+            _settle(stream, on_event)
+            stream.hidden.release()
     for stream in streams:
+        finish(job, checkpoint, stream, len(shell))
         done = _write(job, checkpoint, stream, len(shell))
         on_event(done)
         finished[done.branch] = done
     return [done for done in finished.values() if done is not None]
 
 
-def _open_stream(job: Job, variant: Variant, shell: Shell) -> Stream:
+def _residence(job: Job, variants: Sequence[Variant], checkpoint: Checkpoint) -> Residence:
+    """Within the limits asked for; without any, within what the GPU has free (and is then held to)."""
+    vram = job.max_vram
+    if job.device != "cpu":
+        free, total = torch.cuda.mem_get_info()
+        vram = min(free, vram or free)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, vram - GPU_BASE / 2) / total))
+    samples, seqlen = job.calibration.blocks.shape
+    load = load_of(checkpoint.config, variants, samples, seqlen, job.device)
+    return choose(load, job.device, vram=vram, ram=job.max_ram)
+
+
+def _open_stream(job: Job, variant: Variant, shell: Shell, residence: Residence) -> Stream:
     identity = _identity(job, variant, shell.checkpoint)
     work = WorkFolder(job.out, variant.branch, identity, job.resume)
     rows = calibration_rows(job.calibration.blocks, variant.config)
-    per_lane = max(1, LANE_TOKENS // rows.shape[1])
-    return Stream(variant, work, [shell.embed(ids) for ids in torch.split(rows, per_lane)], [])
+    per_lane = lane_tokens(shell.device.type, rows.shape[1]) // rows.shape[1]
+    two = recipe_of(job.preset, variant.config).two_streams
+    lanes = torch.split(rows, lane_rows(len(rows), per_lane) if two else per_lane)
+
+    def states() -> States:
+        return States((shell.embed(ids) for ids in lanes), shell.device, on_host=residence.on_host)
+
+    return Stream(variant, work, states(), residence, [], original=states() if two else None)
 
 
 def calibration_rows(blocks: Tensor, config: QuantConfig) -> Tensor:
@@ -80,111 +106,50 @@ def calibration_rows(blocks: Tensor, config: QuantConfig) -> Tensor:
     return blocks[torch.arange(keep) * len(blocks) // keep]
 
 
-def _quantize_block(shell: Shell, index: int, streams: Sequence[Stream], on_event: OnEvent) -> None:
+def _quantize_block(
+    job: Job, shell: Shell, index: int, streams: Sequence[Stream], writer: Executor, on_event: OnEvent
+) -> None:
     block = shell.load_block(index)
     prefix = f"{shell.architecture.blocks_prefix}.{index}."
     for stream in streams:
         began, kept = time.perf_counter(), stream.work.read(index)
-        step = BlockStep(shell, block, prefix, stream, index)
+        step = _step(job, shell, block, prefix, stream, index)
         solved = step.replay(kept) if kept else step.solve(on_event)
-        if not kept:
-            stream.work.write(index, solved)
         stream.reports.extend(solved.reports)
+        if kept:
+            on_event(BlockFinished(stream.variant.branch, index, resumed=True))
+        else:
+            _settle(stream, on_event)
+            stream.unsaved = (index, writer.submit(stream.work.write, index, solved))
+            if shell.device.type == "cpu":  # nothing to overlap with
+                _settle(stream, on_event)
         stream.seconds += time.perf_counter() - began
-        on_event(BlockFinished(stream.variant.branch, index, resumed=kept is not None))
     shell.drop_block(index)
 
 
-class BlockStep:
+def _settle(stream: Stream, on_event: OnEvent) -> None:
+    """Wait until the stream's last solved block is on disk, and say so."""
+    if stream.unsaved is not None:
+        index, written = stream.unsaved
+        stream.unsaved = None
+        written.result()
+        on_event(BlockFinished(stream.variant.branch, index, resumed=False))
+
+
+def _step(job: Job, shell: Shell, block: nn.Module, prefix: str, stream: Stream, index: int) -> Step:
+    """What solves a block of this variant: by the recipe of its preset."""
+    recipe = recipe_of(job.preset, stream.variant.config)
+    if not recipe.two_streams:
+        return BlockStep(shell, block, prefix, stream, index)
+    frames = [shell.frames_for(shape, index) for shape in stream.hidden.shapes]
+    return BestStep(block, shell.architecture.groups, prefix, stream, frames, recipe, job.tune_blocks)
+
+
+class Step(Protocol):
     """One block of one variant: either solved now, or sent through with the weights an earlier run kept."""
 
-    def __init__(self, shell: Shell, block: nn.Module, prefix: str, stream: Stream, index: int) -> None:
-        self.stream, self.prefix, self.config = stream, prefix, stream.variant.config
-        self.frames = [shell.frames(h, index) for h in stream.hidden]
-        self.tapped = TappedBlock(block, shell.architecture.groups, matmul_dtype(shell.device))
-        self.tensors: dict[str, Tensor] = {}
-        self.reports: list[ModuleReport] = []
-
-    def solve(self, on_event: OnEvent) -> SolvedBlock:
-        """Solve every group on what the groups before it hand over: quantised ones, if true-sequential."""
-        hessians: dict[str, Hessian] = {}
-        with self.tapped as tapped:
-            if not self.config.true_sequential:
-                tapped.run(self.stream.hidden, self.frames, lambda g, h: hessians.update({g.name: h}))
-
-            def at_group(group: LinearGroup, hessian: Hessian) -> None:
-                for report in self._solve_group(group, hessians.get(group.name, hessian)):
-                    on_event(ModuleSolved(self.stream.variant.branch, report))
-
-            self.stream.hidden = tapped.run(self.stream.hidden, self.frames, at_group)
-        return SolvedBlock(self.tensors, tuple(self.reports))
-
-    def _solve_group(self, group: LinearGroup, hessian: Hessian) -> list[ModuleReport]:
-        began = time.perf_counter()
-        weights = [self.tapped.weight(m) for m in group.modules]
-        try:
-            solutions = solve_group(weights, hessian.mean(), self.config)
-        except BadCheckpoint as e:
-            raise BadCheckpoint(f"{self.prefix}{group.modules[0]}: {e}") from e
-        for module, solution in zip(group.modules, solutions, strict=True):
-            tap = self.tapped.taps[module]
-            bias = None if tap.original.bias is None else tap.original.bias.half().cpu()
-            packed = pack(_to_cpu(solution.linear), self.config, bias)
-            self.tensors |= packed_tensors(self.prefix + module, packed)
-            tap.use(dequantize(solution.linear))
-        seconds = (time.perf_counter() - began) / len(solutions)
-        new = [
-            ModuleReport(self.prefix + m, s.loss, s.damp_percent, hessian.tokens, seconds, s.fallback)
-            for m, s in zip(group.modules, solutions, strict=True)
-        ]
-        self.reports.extend(new)
-        return new
-
-    def replay(self, kept: SolvedBlock) -> SolvedBlock:
-        """Send the hidden states through the packed weights of a finished block."""
-
-        def at_group(group: LinearGroup, _: Hessian) -> None:
-            for module in group.modules:
-                linear = unpack(self._packed(kept, module))
-                self.tapped.taps[module].use(dequantize(linear).to(self.stream.hidden[0].device))
-
-        with self.tapped as tapped:
-            self.stream.hidden = tapped.run(self.stream.hidden, self.frames, at_group)
-        return kept
-
-    def _packed(self, kept: SolvedBlock, module: str) -> PackedLinear:
-        n, k = self.tapped.weight(module).shape
-        part = {
-            s: kept.tensors[f"{self.prefix}{module}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx")
-        }
-        return PackedLinear(
-            **part,
-            bias=None,
-            bits=self.config.bits,
-            group_size=self.config.group_size,
-            in_features=k,
-            out_features=n,
-            checkpoint_format=self.config.zero_format,
-        )
-
-
-def packed_tensors(name: str, packed: PackedLinear) -> dict[str, Tensor]:
-    """A packed linear's tensors under their names in the file."""
-    tensors = {s: getattr(packed, s) for s in ("qweight", "qzeros", "scales", "g_idx", "bias")}
-    return {f"{name}.{suffix}": t for suffix, t in tensors.items() if t is not None}
-
-
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """What calibration multiplies in: bfloat16 where the machine has it, float32 elsewhere."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    from llvmlite.binding import get_host_cpu_features
-
-    return torch.bfloat16 if get_host_cpu_features().get("avx512bf16") else torch.float32
-
-
-def _to_cpu(linear: IntLinear) -> IntLinear:
-    return IntLinear(linear.codes.cpu(), linear.scales.cpu(), linear.zeros.cpu(), linear.g_idx.cpu())
+    def solve(self, on_event: OnEvent) -> SolvedBlock: ...
+    def replay(self, kept: SolvedBlock) -> SolvedBlock: ...
 
 
 def _identity(job: Job, variant: Variant, checkpoint: Checkpoint) -> Json:
@@ -195,6 +160,8 @@ def _identity(job: Job, variant: Variant, checkpoint: Checkpoint) -> Json:
         "config": dataclasses.asdict(variant.config),
         "preset": job.preset,
         "device": job.device,
+        **({"tune_blocks": True} if job.tune_blocks else {}),
+        **({"distill": True} if job.distill else {}),
     }
 
 
@@ -213,16 +180,19 @@ def source_fingerprint(checkpoint: Checkpoint) -> str:
 
 def _write(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> Finished:
     def solved() -> Iterator[tuple[str, Tensor]]:
+        last = stream.work.read(blocks)  # what distillation changed, if there was one
+        changed = {} if last is None else last.tensors
         for index in range(blocks):
             block = stream.work.read(index)
             assert block is not None, "a block was lost between solving and writing"
-            yield from block.tensors.items()
+            yield from ((n, t) for n, t in block.tensors.items() if n not in changed)
+        yield from changed.items()
 
     report = build_report(
         job,
         stream.variant,
         stream.reports,
-        rows=sum(len(h) for h in stream.hidden),
+        rows=stream.hidden.rows,
         identity=_identity(job, stream.variant, checkpoint),
         seconds=stream.seconds,
         peak_ram_bytes=peak_ram_bytes(),

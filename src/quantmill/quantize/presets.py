@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantmill.errors import BadRequest
+from quantmill.types import QuantConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,16 @@ class Recipe:
     pooled: bool = False  # solve again on fit and held-out rows together once the choices are made
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast."""
+
+    steps: int
+    rate: float
+    norm_rate: float
+    warmup: float = 0.05
+
+
 FAST = Recipe("fast", two_streams=False, heldout=0.0)
 BEST = Recipe(
     "best",
@@ -37,8 +48,27 @@ BEST = Recipe(
 PRESETS = {recipe.name: recipe for recipe in (FAST, BEST)}
 
 
-def recipe_of(preset: str) -> Recipe:
-    """The recipe of a preset. Raises BadRequest for an unknown one."""
+def recipe_of(preset: str, config: QuantConfig) -> Recipe:
+    """The recipe of a preset for a variant: at 8 bits nothing beyond `fast` can be told from noise."""
+    return FAST if config.bits == 8 else PRESETS[preset]
+
+
+def refuse_unknown(preset: str, trained: bool) -> None:
+    """Raise BadRequest for a preset that is not there, or training where the preset keeps no original stream."""
     if preset not in PRESETS:
         raise BadRequest(f"there is no preset {preset!r}: use --preset {' or '.join(PRESETS)}")
-    return PRESETS[preset]
+    if trained and not PRESETS[preset].two_streams:
+        raise BadRequest(f"--tune-blocks and --distill need --preset best; {preset} does not train")
+
+
+# Steps, learning rates of scales and of norms (relative to their size), by bits: benchmarks/quality.py.
+TUNE = {
+    2: Schedule(steps=200, rate=2e-3, norm_rate=1e-3),
+    3: Schedule(steps=200, rate=1e-3, norm_rate=1e-3),
+    4: Schedule(steps=200, rate=5e-4, norm_rate=5e-4),
+}
+DISTILL = {
+    2: Schedule(steps=600, rate=3e-3, norm_rate=2e-3),
+    3: Schedule(steps=300, rate=2e-3, norm_rate=1e-3),
+    4: Schedule(steps=300, rate=1e-3, norm_rate=1e-3),
+}

@@ -15,24 +15,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantmill.quantize.descent import descend_block_torch
+from quantmill.quantize.machines import machine_of
 from quantmill.quantize.moments import Goal, pooled
 from quantmill.quantize.presets import Recipe
+from quantmill.quantize.refit import refit
 from quantmill.quantize.solver import (
     BLOCK,
     Factor,
     Solution,
     dequantize,
     factorise,
-    refit,
+    group_aware_order,
     refuse_non_finite,
     relative_loss,
+    round_group_aware,
     round_to_grid,
     split_rows,
 )
 from quantmill.types import ActOrder, IntLinear, QuantConfig
-
-ORDERS = {"static": ActOrder.STATIC, "group-aware": ActOrder.GROUP_AWARE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,32 +73,53 @@ def solve_best(
 def _attempts(
     W: Tensor, rows: list[int], fit: Goal, judge: Goal, config: QuantConfig, recipe: Recipe
 ) -> list[Attempt]:
-    orders = recipe.orders if config.act_order is ActOrder.STATIC else ("as asked",)
+    step: Tensor | None = None
+    shifts: tuple[float, ...] = ()
     found = []
-    step = None
-    for order in orders:
-        asked = replace(config, act_order=ORDERS.get(order, config.act_order))
-        factor, fallback = factorise(fit.H, asked)
-        step = shift_step(W, fit, factor.damped) if step is None else step
-        shifts = choose_shifts(W, step, rows, judge, recipe.shifts)
-        T = W + per_row(shifts, rows, W.device) * step
-        linear = round_to_grid(T, factor, asked)
-        loss = judge.loss(dequantize(linear))
-        found.append(Attempt(linear, T, factor, fallback, order, shifts, loss))
+    for order in usable_orders(recipe.orders, config, W.shape[1]):
+        factor, fallback = factorise(fit.H, config, _column_order(order, fit.H, config))
+        if step is None:
+            step = shift_step(W, fit, factor.damped)
+            shifts = choose_shifts(W, step, rows, judge, recipe.shifts)
+        found.append(_round(W, rows, step, shifts, factor, order, fallback, config, judge))
     return found
+
+
+def usable_orders(orders: Sequence[str], config: QuantConfig, in_features: int) -> tuple[str, ...]:
+    """The orders that keep groups consecutive and can be had for this shape; the user's own where not static."""
+    if config.act_order is not ActOrder.STATIC:
+        return ("as asked",)
+    whole = in_features % config.effective_group(in_features) == 0
+    return tuple(o for o in orders if o != "group-aware" or whole)
+
+
+def _column_order(order: str, H: Tensor, config: QuantConfig) -> Tensor | None:
+    return group_aware_order(H.diagonal(), config) if order == "group-aware" else None
+
+
+def _round(
+    W: Tensor,
+    rows: list[int],
+    step: Tensor,
+    shifts: tuple[float, ...],
+    factor: Factor,
+    order: str,
+    fallback: str | None,
+    config: QuantConfig,
+    judge: Goal,
+) -> Attempt:
+    T = W + per_row(shifts, rows, W.device) * step
+    rounder = round_group_aware if order == "group-aware" else round_to_grid
+    linear = rounder(T, factor, config)
+    return Attempt(linear, T, factor, fallback, order, shifts, judge.loss(dequantize(linear)))
 
 
 def _again(W: Tensor, rows: list[int], goal: Goal, chosen: Attempt, config: QuantConfig) -> Attempt:
     """The chosen attempt once more, on all tokens."""
-    asked = replace(
-        config,
-        damp_percent=chosen.factor.damp_percent,
-        act_order=ORDERS.get(chosen.order, config.act_order),
-    )
-    factor, fallback = factorise(goal.H, asked)
-    T = W + per_row(chosen.shifts, rows, W.device) * shift_step(W, goal, factor.damped)
-    linear = round_to_grid(T, factor, asked)
-    return Attempt(linear, T, factor, fallback, chosen.order, chosen.shifts, goal.loss(dequantize(linear)))
+    config = replace(config, damp_percent=chosen.factor.damp_percent)
+    factor, fallback = factorise(goal.H, config, _column_order(chosen.order, goal.H, config))
+    step = shift_step(W, goal, factor.damped)
+    return _round(W, rows, step, chosen.shifts, factor, chosen.order, fallback, config, goal)
 
 
 def shift_step(W: Tensor, goal: Goal, damped: Tensor) -> Tensor:
@@ -117,7 +138,7 @@ def choose_shifts(
     linear_part = (2 * (W @ judge.H - judge.R) * step).sum(1, dtype=torch.float64)
     square_part = ((step @ judge.H) * step).sum(1, dtype=torch.float64)
     chosen = []
-    for a, b in zip(linear_part.split(rows), square_part.split(rows), strict=True):
+    for a, b in zip(torch.split(linear_part, rows), torch.split(square_part, rows), strict=True):
         slope, bend = float(a.sum()), float(b.sum())
         chosen.append(min(strengths, key=lambda s: s * slope + s * s * bend))
     return tuple(chosen)
@@ -146,7 +167,8 @@ def polish(
         tried = step(linear)
         after = judge.loss(dequantize(tried))
         falls = [
-            float(b.sum()) < float(a.sum()) for a, b in zip(loss.split(rows), after.split(rows), strict=True)
+            float(b.sum()) < float(a.sum())
+            for a, b in zip(torch.split(loss, rows), torch.split(after, rows), strict=True)
         ]
         kept = [k + f for k, f in zip(kept, falls, strict=True)]
         if not any(falls):
@@ -173,7 +195,7 @@ def descend(T: Tensor, H: Tensor, linear: IntLinear, max_code: int) -> IntLinear
     scales, zeros = linear.scales.float(), linear.zeros.float()
     Hp, E = H[order][:, order], (T - dequantize(linear))[:, order]
     Tp, codes = T[:, order], torch.empty_like(linear.codes)
-    block = _descender(T.device)
+    block = machine_of(T.device).descend_block
     for i in range(0, T.shape[1], BLOCK):
         now = slice(i, min(i + BLOCK, T.shape[1]))
         s, z = scales[:, g[now]], zeros[:, g[now]]
@@ -182,17 +204,6 @@ def descend(T: Tensor, H: Tensor, linear: IntLinear, max_code: int) -> IntLinear
         )
         E[:, now] = Tp[:, now] - values
     return IntLinear(codes, linear.scales, linear.zeros, linear.g_idx)
-
-
-Descender = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
-
-def _descender(device: torch.device) -> Descender:
-    if device.type == "cpu":
-        from quantmill.quantize.descent_numba import descend_block_numba
-
-        return descend_block_numba
-    return descend_block_torch
 
 
 def _report(

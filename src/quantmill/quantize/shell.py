@@ -6,7 +6,8 @@ positions, window) is recorded from its own forward, so every family behaves her
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from quantmill.architectures import architecture_of
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadCheckpoint
+from quantmill.quantize.arithmetic import matmul_dtype
 
 
 class _Recorded(Exception):
@@ -35,6 +37,24 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+def attention_for(device: torch.device) -> str:
+    """Transformers' name of the attention to run: its own, on a GPU with 16-bit factors."""
+    dtype = matmul_dtype(device)
+    if device.type == "cpu" or dtype.itemsize != 2:
+        return "sdpa"
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(module, q.to(dtype), k.to(dtype), v.to(dtype), mask, **kwargs)
+
+    name = "quantmill_16_bit"
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
 class Shell:
     """The skeleton of one source model. Raises BadCheckpoint when a tensor it needs is missing."""
 
@@ -47,10 +67,11 @@ class Shell:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         config.quantization_config = None
         with torch.device("meta"):
-            model = build(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = build(config, attn_implementation=attention_for(device), dtype=torch.float32)
         self.base = model.base_model.eval()
         self.base.rotary_emb = type(self.base.rotary_emb)(config=self.base.config).to(device)
         self.blocks = self.base.layers
+        self._ahead = _Ahead(self._read_pinned, len(self.blocks)) if device.type == "cuda" else None
         self._frames: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
 
     def __len__(self) -> int:
@@ -63,9 +84,13 @@ class Shell:
 
     def frames(self, hidden: Tensor, block: int) -> Mapping[str, Any]:
         """What Transformers would pass to block number `block` beside hidden states (B, L, hidden)."""
-        shape = (hidden.shape[0], hidden.shape[1])
+        return self.frames_for((hidden.shape[0], hidden.shape[1]), block)
+
+    def frames_for(self, shape: tuple[int, int], block: int) -> Mapping[str, Any]:
+        """The same for hidden states of B rows and L tokens; their values do not matter."""
         if shape not in self._frames:
-            self._frames[shape] = self._record(hidden)
+            hidden = torch.zeros(1, 1, self.base.config.hidden_size, device=self.device)
+            self._frames[shape] = self._record(hidden.expand(*shape, -1))
         return self._frames[shape][block]
 
     def _record(self, hidden: Tensor) -> list[Mapping[str, Any]]:
@@ -80,21 +105,61 @@ class Shell:
         raise RuntimeError("the model's forward never reached its last block")
 
     def load_block(self, index: int) -> nn.Module:
-        """Block `index` with its float32 weights on the device."""
+        """Block `index` on the device: float32, but matrices as they are stored if that is a GPU.
+
+        A GPU's next block is read beside the work on this one.
+        """
         block: nn.Module = self.blocks[index]
-        prefix = f"{self.architecture.blocks_prefix}.{index}."
-        weights = {name: self._tensor(prefix + name).float().to(self.device) for name in block.state_dict()}
+        tensors = self._ahead.take(index) if self._ahead else self._read(index)
+        weights = {name: self._on_device(tensor) for name, tensor in tensors.items()}
         block.load_state_dict(weights, assign=True)
         block.requires_grad_(False)
         return block
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self.architecture.blocks_prefix}.{index}."
+        return {name: self._tensor(prefix + name) for name in self.blocks[index].state_dict()}
+
+    def _read_pinned(self, index: int) -> dict[str, Tensor]:
+        """A block in pinned memory; files are opened and closed, so that no page of them stays mapped."""
+        prefix = f"{self.architecture.blocks_prefix}.{index}."
+        files = Checkpoint(self.checkpoint.folder, self.checkpoint.config, None, self.checkpoint.tensors)
+        names = list(self.blocks[index].state_dict())
+        return {name: _tensor(files, prefix + name).pin_memory() for name in names}
 
     def drop_block(self, index: int) -> None:
         """Give block `index`'s memory back."""
         self.blocks[index] = self.blocks[index].to("meta")
 
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """Float32, but for matrices on a GPU: those stay as they are stored until they are solved."""
+        moved = tensor.to(self.device, non_blocking=True)
+        return moved if tensor.dim() == 2 and self.device.type == "cuda" else moved.float()
+
     def _tensor(self, name: str) -> Tensor:
-        if name not in self.checkpoint.tensors:
-            raise BadCheckpoint(
-                f"{self.checkpoint.folder.name}: tensor {name} is missing: fetch the source model again"
-            )
-        return self.checkpoint.load(name)
+        return _tensor(self.checkpoint, name)
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    if name not in checkpoint.tensors:
+        raise BadCheckpoint(
+            f"{checkpoint.folder.name}: tensor {name} is missing: fetch the source model again"
+        )
+    return checkpoint.load(name)
+
+
+class _Ahead:
+    """Reads the block after the one that was taken, in a thread of its own."""
+
+    def __init__(self, read: Callable[[int], dict[str, Tensor]], count: int) -> None:
+        self.read, self.count = read, count
+        self.pool = ThreadPoolExecutor(1)
+        self.coming: dict[int, Future[dict[str, Tensor]]] = {}
+
+    def take(self, index: int) -> dict[str, Tensor]:
+        """Block `index`; the next one is asked for."""
+        now = self.coming.pop(index, None) or self.pool.submit(self.read, index)
+        tensors = now.result()
+        if index + 1 < self.count:
+            self.coming[index + 1] = self.pool.submit(self.read, index + 1)
+        return tensors

@@ -10,15 +10,17 @@ columns have made up for it. Paper letters: W (N, K), H (K, K), N rows out, K co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantmill.errors import BadCheckpoint
-from quantmill.quantize.columns import round_columns_torch
-from quantmill.quantize.grids import ASYM, ASYM_V1, SYM, Grid, fit_torch, shrink_factors
+from quantmill.quantize.arithmetic import tensor_cores
+from quantmill.quantize.grids import ASYM, ASYM_V1, SYM, Grid, shrink_factors
+from quantmill.quantize.machines import RoundColumns, machine_of
+from quantmill.quantize.refit import refit
 from quantmill.types import ActOrder, CheckpointFormat, IntLinear, QuantConfig
 
 BLOCK = 128  # columns rounded between two GEMMs
@@ -34,6 +36,7 @@ class Solution:
     loss: float
     damp_percent: float
     fallback: str | None
+    choice: str | None = None  # what preset best chose for this module
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +63,17 @@ def solve_group(weights: Sequence[Tensor], H: Tensor, config: QuantConfig) -> li
     damping is replaced by its diagonal, and the result says so.
     """
     W = torch.cat(list(weights))
-    _refuse_non_finite(W, H)
+    refuse_non_finite(W, H)
     factor, fallback = factorise(H, config)
-    linear = _round(W, factor, config)
+    linear = round_to_grid(W, factor, config)
     if config.bits <= REFIT_GAIN_UP_TO_BITS:
         linear = refit(W, factor.damped, linear)
-    parts = _split_rows(linear, [len(w) for w in weights])
+    parts = split_rows(linear, [len(w) for w in weights])
     losses = [relative_loss(w, dequantize(part), H) for w, part in zip(weights, parts, strict=True)]
     return [Solution(p, loss, factor.damp_percent, fallback) for p, loss in zip(parts, losses, strict=True)]
 
 
-def _split_rows(linear: IntLinear, rows: list[int]) -> list[IntLinear]:
+def split_rows(linear: IntLinear, rows: list[int]) -> list[IntLinear]:
     pieces = zip(*(torch.split(t, rows) for t in (linear.codes, linear.scales, linear.zeros)), strict=True)
     return [IntLinear(codes, scales, zeros, linear.g_idx.clone()) for codes, scales, zeros in pieces]
 
@@ -85,47 +88,57 @@ def dequantize(linear: IntLinear) -> Tensor:
 def relative_loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
     """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the share of the output's energy that is error."""
     E = W - Q
-    wrong, whole = ((E @ H) * E).sum(dtype=torch.float64), ((W @ H) * W).sum(dtype=torch.float64)
+    with tensor_cores():
+        wrong, whole = ((E @ H) * E).sum(dtype=torch.float64), ((W @ H) * W).sum(dtype=torch.float64)
     return float(wrong / whole) if whole > 0 else 0.0
 
 
-def _refuse_non_finite(W: Tensor, H: Tensor) -> None:
+def refuse_non_finite(W: Tensor, H: Tensor) -> None:
     if not bool(torch.isfinite(W).all()):
         raise BadCheckpoint("the weights hold NaN or infinity: fetch the source model again")
     if not bool(torch.isfinite(H).all()):
         raise BadCheckpoint("the activations overflow: load the source in bfloat16 or float32")
 
 
-def factorise(H: Tensor, config: QuantConfig) -> tuple[Factor, str | None]:
+def factorise(H: Tensor, config: QuantConfig, order: Tensor | None = None) -> tuple[Factor, str | None]:
     """Damp, order and factor H; more damping, three times at a go, until it is positive definite."""
     mean = float(H.diagonal().double().mean())
-    damp, order = config.damp_percent, solving_order(H.diagonal(), config)
+    damp = config.damp_percent
+    order = solving_order(H.diagonal(), config) if order is None else order
     while damp <= MAX_DAMP and mean > 0:
-        damped = H.double()
-        damped.diagonal().add_(damp * mean)
-        V = reversed_cholesky(damped[order][:, order])
-        if V is not None:
+        diagonal = H.diagonal().double() + damp * mean
+        L = reversed_cholesky(H, diagonal, order)
+        if L is not None:
             raised = None if damp == config.damp_percent else f"needed {damp:g} damping"
-            return _as_factor(V, damped, order, damp), raised
+            return _as_factor(L, H, diagonal, order, damp), raised
         damp *= 3
-    lonely = torch.diag(H.diagonal().double().clamp_min(mean if mean > 0 else 1.0))
-    V = lonely[order][:, order].sqrt()
-    return _as_factor(V, lonely, order, damp), "rounded to nearest: the Hessian has no Cholesky factor"
+    lonely = H.diagonal().double().clamp_min(mean if mean > 0 else 1.0)
+    nothing = torch.zeros_like(H)
+    L = torch.diag(lonely[order.flip(0)].sqrt())
+    why = "rounded to nearest: the Hessian has no Cholesky factor"
+    return _as_factor(L, nothing, lonely, order, damp), why
 
 
-def _as_factor(V: Tensor, damped: Tensor, order: Tensor, damp: float) -> Factor:
-    pivots = V.diagonal()
-    return Factor(order, damped.float(), (V / pivots).float(), pivots.square().float(), damp)
+def reversed_cholesky(H: Tensor, diagonal: Tensor, order: Tensor) -> Tensor | None:
+    """Lower triangular L, float64, of H with another diagonal and its columns in reversed order; None without one.
 
-
-def reversed_cholesky(H: Tensor) -> Tensor | None:
-    """Upper triangular V with H = V V^T, float64; None if H is not positive definite.
-
-    V^-1 is the factor that GPTQ obtains by Cholesky, inverse, Cholesky; this way it takes one decomposition
-    and no inverse.
+    Reversed in both directions it is the upper triangular V with H[order, order] = V V^T, whose inverse is
+    the factor that GPTQ obtains by Cholesky, inverse, Cholesky: this way it takes one and no inverse.
     """
-    L, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-    return None if int(info) else L.flip(0, 1)
+    backwards = order.flip(0)
+    wide = H[backwards][:, backwards].double()
+    wide.diagonal().copy_(diagonal[backwards])
+    L, info = torch.linalg.cholesky_ex(wide)
+    return None if int(info) else L
+
+
+def _as_factor(L: Tensor, H: Tensor, diagonal: Tensor, order: Tensor, damp: float) -> Factor:
+    """The factor of H with another diagonal; takes L over. One float64 K x K at a time, no more."""
+    pivots = L.diagonal().clone()
+    feedback = L.div_(pivots).float().flip(0, 1)
+    damped = H.clone()
+    damped.diagonal().copy_(diagonal)
+    return Factor(order, damped, feedback, pivots.square().float().flip(0), damp)
 
 
 def solving_order(diagonal: Tensor, config: QuantConfig) -> Tensor:
@@ -133,6 +146,19 @@ def solving_order(diagonal: Tensor, config: QuantConfig) -> Tensor:
     if config.act_order is ActOrder.NONE:
         return torch.arange(len(diagonal), device=diagonal.device)
     return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def group_aware_order(diagonal: Tensor, config: QuantConfig) -> Tensor:
+    """Groups by their most active column, inside a group the most active columns first; (K,) int64.
+
+    Groups stay whole, so that each grid can be fitted on what earlier groups' errors made of it (GAR,
+    Gafni et al. 2025, arXiv:2505.14638). Groups must divide the columns.
+    """
+    size = config.effective_group(len(diagonal))
+    in_groups = diagonal.view(-1, size)
+    groups = torch.argsort(in_groups.amax(1), descending=True, stable=True)
+    inside = torch.argsort(in_groups, dim=1, descending=True, stable=True)
+    return (groups[:, None] * size + inside[groups]).flatten()
 
 
 def group_index(order: Tensor, config: QuantConfig) -> Tensor:
@@ -153,7 +179,16 @@ def grid_of(config: QuantConfig) -> Grid:
     return ASYM_V1 if config.zero_format is CheckpointFormat.GPTQ else ASYM
 
 
-def _round(W: Tensor, factor: Factor, config: QuantConfig) -> IntLinear:
+def round_group_aware(W: Tensor, factor: Factor, config: QuantConfig) -> IntLinear:
+    """Grids and codes for a factor in `group_aware_order`: consecutive groups, each fitted when reached."""
+    codes, scales, zeros = _round_dynamic(W, factor, config)
+    size = config.effective_group(W.shape[1])
+    place = torch.argsort(factor.order[::size] // size)
+    g_idx = torch.arange(W.shape[1], device=W.device) // size
+    return IntLinear(codes, scales[:, place].half(), zeros[:, place].to(torch.uint8), g_idx.int())
+
+
+def round_to_grid(W: Tensor, factor: Factor, config: QuantConfig) -> IntLinear:
     """Grids and codes. Static order fixes all grids first; the others fit a group when the loop reaches it."""
     g_idx = group_index(factor.order, config)
     if config.act_order is ActOrder.STATIC:
@@ -169,33 +204,14 @@ def _round(W: Tensor, factor: Factor, config: QuantConfig) -> IntLinear:
 def fit_grids(W: Tensor, cost: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """Scales and zeros (N, groups) float32 of consecutive groups of W (N, K), weighted by cost (K,)."""
     size, grid, factors = config.effective_group(W.shape[1]), grid_of(config), shrink_factors(config.bits)
-    if W.device.type == "cpu":
-        from quantmill.quantize.grids_numba import fit_groups
-
-        return fit_groups(W, cost, size, config.max_code, grid, factors)
-    pairs = [
-        fit_torch(w, c, config.max_code, grid, factors)
-        for w, c in zip(torch.split(W, size, 1), torch.split(cost, size), strict=True)
-    ]
-    return torch.stack([s for s, _ in pairs], 1), torch.stack([z for _, z in pairs], 1)
-
-
-Rounder = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
-
-def _rounder(device: torch.device) -> Rounder:
-    if device.type == "cpu":
-        from quantmill.quantize.columns_numba import round_columns_numba
-
-        return round_columns_numba
-    return round_columns_torch
+    return machine_of(W.device).fit_groups(W, cost, size, config.max_code, grid, factors)
 
 
 def _round_static(
     W: Tensor, factor: Factor, config: QuantConfig, g_idx: Tensor, scales: Tensor, zeros: Tensor
 ) -> Tensor:
     """Codes (N, K) uint8 in original order, all grids known."""
-    order, A, rounder = factor.order, factor.feedback, _rounder(W.device)
+    order, A, rounder = factor.order, factor.feedback, machine_of(W.device).round_columns
     T, group = W[:, order], g_idx[order]
     E, codes = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.uint8, device=T.device)
     for i in range(0, T.shape[1], BLOCK):
@@ -207,7 +223,7 @@ def _round_static(
 
 def _round_dynamic(W: Tensor, factor: Factor, config: QuantConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Codes in original order, and grids, each fitted on its group as compensated for all earlier errors."""
-    order, A, rounder = factor.order, factor.feedback, _rounder(W.device)
+    order, A, rounder = factor.order, factor.feedback, machine_of(W.device).round_columns
     T, size = W[:, order], config.effective_group(W.shape[1])
     E, codes = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.uint8, device=T.device)
     grids = []
@@ -226,7 +242,7 @@ def _round_dynamic(W: Tensor, factor: Factor, config: QuantConfig) -> tuple[Tens
 
 
 def _round_group(
-    T: Tensor, carried: Tensor, A: Tensor, scale: Tensor, zero: Tensor, max_code: int, rounder: Rounder
+    T: Tensor, carried: Tensor, A: Tensor, scale: Tensor, zero: Tensor, max_code: int, rounder: RoundColumns
 ) -> tuple[Tensor, Tensor]:
     """A group of any width, BLOCK columns at a time, so that wide groups run as GEMMs, too."""
     E, codes = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.uint8, device=T.device)
@@ -247,52 +263,3 @@ def _unpermute(codes: Tensor, order: Tensor) -> Tensor:
     original = torch.empty_like(codes)
     original[:, order] = codes
     return original
-
-
-def refit(W: Tensor, H: Tensor, linear: IntLinear, ridge: float = 1e-3) -> IntLinear:
-    """Scales that minimise the layer's loss with the codes held fixed; rows that do not gain keep theirs.
-
-    Per row, with B (K, groups) the centred codes spread over the columns' groups: M = B^T H B, r = B^T H w,
-    s = (M + rho I)^-1 (r + rho s_old), rounded to float16. The loss is w^T H w - 2 s^T r + s^T M s.
-    """
-    g, old = linear.g_idx.long(), linear.scales.float()
-    by_group = torch.argsort(g, stable=True)
-    centred = (linear.codes.float() - linear.zeros.float()[:, g])[:, by_group]
-    ordered = H[by_group][:, by_group]
-    right = (W @ H)[:, by_group] * centred
-    spread = nn.functional.one_hot(g[by_group], old.shape[1]).float()
-    scales = torch.empty_like(old)
-    step = max(1, (1 << 27) // (8 * old.shape[1] ** 2))
-    for rows in torch.split(torch.arange(len(W), device=W.device), step):
-        M = _group_products(ordered, centred[rows], spread)
-        scales[rows] = _best_scales(M, (right[rows] @ spread).double(), old[rows], ridge)
-    return IntLinear(linear.codes, scales.half(), linear.zeros, linear.g_idx)
-
-
-def _group_products(H: Tensor, centred: Tensor, spread: Tensor) -> Tensor:
-    """M = B^T H B of every row, (n, groups, groups) float64; columns sorted by group, spread (K, groups)."""
-    sizes = spread.sum(0).long().tolist()
-    M = torch.zeros(len(centred), len(sizes), len(sizes), dtype=torch.float64, device=H.device)
-    start = 0
-    for i, size in enumerate(sizes):
-        now, on = slice(start, start + size), slice(start, None)  # M is symmetric: from the diagonal on
-        M[:, i, i:] = ((centred[:, now] @ H[now, on]) * centred[:, on]) @ spread[on, i:]
-        start += size
-    return M + M.triu(1).mT
-
-
-def _best_scales(M: Tensor, r: Tensor, old: Tensor, ridge: float) -> Tensor:
-    """Refitted scales (n, groups), float32 holding float16 values, or the old ones where they are not worse."""
-    rho = ridge * M.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
-    damped = M + torch.diag_embed(rho.expand(-1, M.shape[1]))
-    stored = torch.linalg.solve(damped, r + rho * old).half().float()
-    usable = torch.isfinite(stored) & (stored != 0) & (stored.sign() == old.sign())
-    new = torch.where(usable, stored, old)
-    gain = _quadratic(M, r, old) - _quadratic(M, r, new)
-    return torch.where(gain[:, None] > 0, new, old)
-
-
-def _quadratic(M: Tensor, r: Tensor, s: Tensor) -> Tensor:
-    """s^T M s - 2 s^T r for every row, (n,) float64."""
-    wide = s.double()
-    return torch.einsum("ni,nij,nj->n", wide, M, wide) - 2 * (wide * r).sum(1)

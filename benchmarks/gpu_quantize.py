@@ -1,0 +1,172 @@
+"""How long a GPU takes to quantise Mistral-7B shapes, beside what the arithmetic alone would take there.
+
+    python benchmarks/gpu_quantize.py [--layers 2] [--variant 4bit-128g ...] [--samples 128] [--seqlen 2048]
+                                      [--max-vram BYTES] [--max-ram BYTES] [--scratch /dev/shm] [--profile]
+
+Random weights and tokens (never zeros) in a real safetensors folder, in the scratch folder; the pipeline is
+the product's. With fewer layers than 32 the time of 32 is the time of one more layer, 32 times, plus what
+does not depend on layers. The floor adds up operations over rates that this program measures first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from quantmill.architectures import dimensions, linear_shapes
+from quantmill.hub.variants import parse_variant
+from quantmill.quantize import calibration
+from quantmill.quantize.job import BlockFinished, Job, rows_share
+from quantmill.quantize.pipeline import peak_ram_bytes, quantize
+from quantmill.types import CalibrationSet
+
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096,
+    "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32,
+    "vocab_size": 32000, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "hidden_act": "silu", "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def make_model(folder: Path, layers: int, device: str) -> dict[str, object]:
+    """A folder of Mistral-7B shapes with random bfloat16 weights, a file per layer."""
+    config = MISTRAL_7B | {"num_hidden_layers": layers}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes, hidden, vocab = linear_shapes(config), 4096, 32000
+    weight_map: dict[str, str] = {}
+
+    def save(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        name = f"model-{number + 1:05}-of-{layers + 1:05}.safetensors"
+        save_file({k: v.bfloat16().cpu() for k, v in tensors.items()}, folder / name)
+        weight_map.update(dict.fromkeys(tensors, name))
+
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        save(i, {f"{p}{m}.weight": torch.randn(s.out_features, s.in_features, device=device) * 0.02
+                 for m, s in shapes.items()}
+             | {f"{p}{n}_layernorm.weight": 1 + 0.1 * torch.randn(hidden, device=device)
+                for n in ("input", "post_attention")})  # fmt: skip
+    ends = {"model.embed_tokens.weight": torch.randn(vocab, hidden, device=device),
+            "lm_head.weight": torch.randn(vocab, hidden, device=device) * 0.02,
+            "model.norm.weight": torch.ones(hidden, device=device)}  # fmt: skip
+    save(layers, ends)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return config
+
+
+def rate(flops: float, run, repeats: int = 5) -> float:
+    """Operations per second of a device function, the best of a few."""
+    run()
+    best = 0.0
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        best = max(best, flops / (begin.elapsed_time(end) / 1e3))
+    return best
+
+
+def measured_rates() -> dict[str, float]:
+    """Square products of every kind that the pipeline uses."""
+    rates = {}
+    for name, dtype, n in (("fp16", torch.float16, 8192), ("fp32", torch.float32, 8192), ("fp64", torch.float64, 4096)):
+        a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+        rates[name] = rate(2 * n**3, lambda a=a, b=b: a @ b)
+    return rates
+
+
+def floor_seconds(config: dict[str, object], variants, samples: int, seqlen: int, rates: dict[str, float]) -> float:
+    """Operations over measured rates, nothing else: one layer of every variant."""
+    d, shapes = dimensions(config), linear_shapes(config)
+    weights = sum(s.out_features * s.in_features for s in shapes.values())
+    inputs = (d.hidden, d.hidden, d.heads * d.head_dim, d.intermediate)
+    square = sum(s.out_features * s.in_features**2 for s in shapes.values())
+    total = 0.0
+    for v in variants:
+        tokens = max(1, round(samples * rows_share(v.config))) * seqlen
+        attention = 2.0 * tokens * seqlen * d.heads * d.head_dim  # causal: half of QK and half of PV
+        sixteen = 2.0 * tokens * weights + attention + sum(1.0 * tokens * k * k for k in inputs)
+        refitted = v.config.bits <= 4
+        single = square * (1 + 2 * refitted)  # the column loop's feedback; W H
+        tensor = square * (4 + refitted)  # two losses; group products
+        total += sixteen / rates["fp16"] + single / rates["fp32"] + tensor / (rates["fp16"] / 2)
+        total += sum(k**3 / 3 for k in inputs) / rates["fp64"]
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--variant", action="append")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--max-vram", type=float)
+    parser.add_argument("--max-ram", type=float)
+    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--profile", action="store_true")
+    asked = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(dir=asked.scratch))
+    try:
+        measure(asked, scratch)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def measure(asked: argparse.Namespace, scratch: Path) -> None:
+    variants = tuple(parse_variant(v) for v in asked.variant or ["4bit-128g"])
+    config = make_model(scratch / "source", asked.layers, "cuda")
+    rates = measured_rates()
+    print("measured rates, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()))
+    blocks = torch.randint(0, 32000, (asked.samples, asked.seqlen), generator=torch.Generator().manual_seed(0))
+    data = CalibrationSet(blocks, "random", 0, calibration.fingerprint(blocks), asked.samples, 0)
+    limits = {k: int(v) for k, v in (("max_vram", asked.max_vram), ("max_ram", asked.max_ram)) if v}
+    job = Job(scratch / "source", "7B shapes", scratch / "out", variants, data, asked.preset, "cuda", **limits)
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    marks = []
+
+    def on_event(event: object) -> None:
+        if isinstance(event, BlockFinished):
+            marks.append((event.index, time.perf_counter() - began))
+
+    def run():
+        return quantize(job, on_event)
+
+    done = profiled(run) if asked.profile else run()
+    total = time.perf_counter() - began
+    ends = [max(t for i, t in marks if i == layer) for layer in range(asked.layers)]
+    layer = (ends[-1] - ends[0]) / max(1, asked.layers - 1)
+    floor = floor_seconds(config, variants, asked.samples, asked.seqlen, rates)
+    print(f"{len(variants)} variant(s), {asked.samples} x {asked.seqlen} tokens, {asked.layers} layers: first "
+          f"layer {ends[0]:.2f} s, each further {layer:.3f} s, writing {total - ends[-1]:.2f} s, all {total:.2f} s")
+    print(f"32 layers: {ends[0] + 31 * layer:.1f} s; floor {32 * floor:.1f} s, ratio {layer / floor:.2f}")
+    gib = 2.0**30
+    print(f"peak GPU memory {torch.cuda.max_memory_allocated() / gib:.2f} GiB allocated, "
+          f"{torch.cuda.max_memory_reserved() / gib:.2f} reserved; host {peak_ram_bytes() / gib:.2f} GiB")
+    for f in done:
+        print(f"{f.branch}: {f.seconds:.2f} s, losses " + " ".join(f"{m.loss:.2e}" for m in f.modules[:7]))
+
+
+def profiled(run):
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        done = run()
+    print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=46))
+    return done
+
+
+if __name__ == "__main__":
+    main()

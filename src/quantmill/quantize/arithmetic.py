@@ -1,0 +1,52 @@
+"""What calibration multiplies in: 16-bit factors where a device is fastest with them, sums always in float32.
+
+Residuals, norms, rotations and activation functions stay float32; only what goes into a matrix product is
+rounded. `benchmarks/gpu_quantize.py --precision` measures what that costs in KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+SLAB = {"cpu": 192, "cuda": 2048}  # columns at a time of a symmetric product
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """The type of a product's factors: float16 on a GPU, bfloat16 on a CPU that has it, else float32."""
+    if device.type == "cuda":
+        return torch.float16
+    from llvmlite.binding import get_host_cpu_features
+
+    return torch.bfloat16 if get_host_cpu_features().get("avx512bf16") else torch.float32
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., K) times weight (N, K) transposed -> (..., N) float32; both factors of weight's dtype."""
+    factor = x.to(weight.dtype)
+    if x.device.type == "cuda" and weight.dtype.itemsize == 2:
+        flat = torch.mm(factor.reshape(-1, x.shape[-1]), weight.T, out_dtype=torch.float32)
+        return flat.view(*x.shape[:-1], len(weight))
+    return nn.functional.linear(factor, weight).float()
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (A, B) float32 += left^T right, left (T, A), right (T, B): 16-bit factors on a GPU as they come."""
+    if total.device.type == "cuda" and left.dtype.itemsize == 2:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        total.addmm_(left.float().T, right.float())
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Float32 products within use TF32 on a GPU: 10 bits of each factor, sums in float32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

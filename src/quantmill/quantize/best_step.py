@@ -1,0 +1,191 @@
+"""Preset best in the pipeline: `pipeline.BlockStep`'s face over `best`, block tuning, distillation; all resumable.
+
+What it keeps in the work folder is what is written: packed linears, norms that tuning changed in float16,
+and, as one block more than the model has, what distillation changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from quantmill.architectures import LinearGroup
+from quantmill.checkpoint import Checkpoint
+from quantmill.formats.gptq import pack, unpack
+from quantmill.quantize.best import held_lanes, replay_block, solve_block
+from quantmill.quantize.block_tuning import tune_block
+from quantmill.quantize.distill import distill
+from quantmill.quantize.job import Job, ModuleSolved, OnEvent
+from quantmill.quantize.presets import DISTILL, TUNE, Recipe
+from quantmill.quantize.two_streams import Pair
+from quantmill.quantize.work import SolvedBlock
+from quantmill.types import IntLinear, PackedLinear, QuantConfig
+
+if TYPE_CHECKING:
+    from quantmill.quantize.pipeline import Stream
+
+LANES = 10  # at least so many pairs where the rows allow: a tenth of them can be held out
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
+
+
+def lane_rows(rows: int, at_most: int) -> int:
+    """Rows of tokens per lane."""
+    return max(1, min(at_most, rows // LANES))
+
+
+class BestStep:
+    """One block of one variant under preset best."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        groups: Sequence[LinearGroup],
+        prefix: str,
+        stream: Stream,
+        frames: Sequence[Mapping[str, Any]],
+        recipe: Recipe,
+        tune: bool,
+    ) -> None:
+        self.block, self.groups, self.prefix, self.stream = block, groups, prefix, stream
+        self.frames, self.recipe, self.tune = frames, recipe, tune
+        self.config = stream.variant.config
+        assert stream.original is not None, "this recipe compares two streams"
+        self.original = stream.original
+        self.pairs = [Pair(q, o) for q, o in zip(stream.hidden, self.original, strict=True)]
+
+    def solve(self, on_event: OnEvent) -> SolvedBlock:
+        """Solve every group, tune the block if asked to, send both streams on."""
+        branch = self.stream.variant.branch
+        solved = solve_block(
+            self.block,
+            self.groups,
+            self.pairs,
+            self.frames,
+            lambda _: self.config,
+            self.recipe,
+            lambda report: on_event(ModuleSolved(branch, report)),
+            self.prefix,
+        )
+        linears, norms, reports, after = solved.linears, {}, solved.reports, solved.pairs
+        if self.tune:
+            held = held_lanes(len(self.pairs), self.recipe.heldout)
+            inputs, wanted = [p.quantised for p in self.pairs], [p.original for p in after]
+            tuned = tune_block(self.block, linears, inputs, wanted, self.frames, held, TUNE[self.config.bits])
+            linears, norms = tuned.linears, tuned.norms
+            gain = f"block tuned {tuned.tuned.before:.3g} -> {tuned.tuned.after:.3g}"
+            reports = tuple(replace(r, choice=f"{r.choice}, {gain}") for r in reports)
+            after = self._send(linears, norms, wanted)
+        self._go_on(after)
+        return SolvedBlock(self._tensors(linears, norms), reports)
+
+    def replay(self, kept: SolvedBlock) -> SolvedBlock:
+        """Send both streams through a finished block: the original's norms for one, the kept ones for the other."""
+        modules = [m for group in self.groups for m in group.modules]
+        linears = {m: self._unpacked(kept, m) for m in modules}
+        norms = {
+            name.removeprefix(self.prefix).removesuffix(".weight"): tensor
+            for name, tensor in kept.tensors.items()
+            if name.endswith(".weight")
+        }
+        after = replay_block(self.block, self.groups, self.pairs, self.frames, linears)
+        if norms:
+            after = self._send(linears, norms, [p.original for p in after])
+        self._go_on(after)
+        return kept
+
+    def _send(
+        self, linears: Mapping[str, IntLinear], norms: Mapping[str, Tensor], originals: Sequence[Tensor]
+    ) -> list[Pair]:
+        """The quantised stream through tuned scales and norms; the original's outputs are known."""
+        before = {name: self.block.get_parameter(f"{name}.weight").detach() for name in norms}
+        for name, weight in norms.items():
+            _set_weight(self.block, name, weight.float().to(before[name].device))
+        after = replay_block(self.block, self.groups, self.pairs, self.frames, linears)
+        for name, weight in before.items():
+            _set_weight(self.block, name, weight)
+        return [Pair(a.quantised, o) for a, o in zip(after, originals, strict=True)]
+
+    def _go_on(self, after: Sequence[Pair]) -> None:
+        for i, pair in enumerate(after):
+            self.stream.hidden[i], self.original[i] = pair.quantised, pair.original
+
+    def _tensors(self, linears: Mapping[str, IntLinear], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {f"{self.prefix}{name}.weight": w.half().cpu() for name, w in norms.items()}
+        for module, linear in linears.items():
+            bias = dict(self.block.named_parameters()).get(f"{module}.bias")
+            tensors |= _packed(self.prefix + module, linear, self.config, bias)
+        return tensors
+
+    def _unpacked(self, kept: SolvedBlock, module: str) -> IntLinear:
+        shape = self.block.get_parameter(f"{module}.weight").shape
+        return _unpack(
+            kept.tensors, self.prefix + module, self.config, tuple(shape), self.stream.hidden.device
+        )
+
+
+def _set_weight(block: nn.Module, name: str, weight: Tensor) -> None:
+    block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _packed(name: str, linear: IntLinear, config: QuantConfig, bias: Tensor | None) -> dict[str, Tensor]:
+    on_cpu = IntLinear(*(t.cpu() for t in (linear.codes, linear.scales, linear.zeros, linear.g_idx)))
+    p = pack(on_cpu, config, None if bias is None else bias.half().cpu())
+    tensors = {f"{name}.{s}": getattr(p, s) for s in SUFFIXES}
+    return {key: t for key, t in tensors.items() if t is not None}
+
+
+def _unpack(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    config: QuantConfig,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> IntLinear:
+    part = {s: tensors[f"{name}.{s}"].to(device) for s in SUFFIXES[:4]}
+    packed = PackedLinear(
+        **part,
+        bias=None,
+        bits=config.bits,
+        group_size=config.group_size,
+        in_features=shape[1],
+        out_features=shape[0],
+        checkpoint_format=config.zero_format,
+    )
+    return unpack(packed)
+
+
+def finish(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> None:
+    """Distil a variant whose blocks are all solved, if asked to and not done yet."""
+    if not job.distill or stream.original is None or stream.work.read(blocks) is not None:
+        return
+    rows = job.calibration.blocks
+    solved = [block for i in range(blocks) if (block := stream.work.read(i)) is not None]
+    tensors = {name: t for block in solved for name, t in block.tensors.items()}
+    original = _whole_model(checkpoint, torch.device(job.device))
+    student = copy.deepcopy(original, memo={id(p): p for p in original.parameters()})
+    linears = {}
+    for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+        shape = tuple(student.get_parameter(f"{name}.weight").shape)
+        linears[name] = _unpack(tensors, name, stream.variant.config, shape, torch.device(job.device))
+    for name in [n for n in tensors if n.endswith(".weight")]:
+        _set_weight(student, name.removesuffix(".weight"), tensors[name].float().to(job.device))
+    held = max(1, round(0.1 * len(rows)))
+    done = distill(student, original, linears, rows, held, DISTILL[stream.variant.config.bits])
+    changed = {f"{name}.scales": q.scales.T.contiguous().cpu() for name, q in done.linears.items()}
+    changed |= {f"{name}.weight": w.half().cpu() for name, w in done.norms.items()}
+    gain = f"distilled {done.tuned.before:.4g} -> {done.tuned.after:.4g}"
+    stream.reports[:] = [replace(r, choice=f"{r.choice}, {gain}") for r in stream.reports]
+    stream.work.write(blocks, SolvedBlock(changed, tuple(stream.reports[-1:])))
+
+
+def _whole_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained  # untyped in Transformers
+    model: nn.Module = load(checkpoint.folder, dtype=torch.float32, attn_implementation="sdpa").to(device)
+    return model.eval().requires_grad_(False)

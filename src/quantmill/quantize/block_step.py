@@ -1,0 +1,111 @@
+"""One block of one variant in one stream: every group solved on what the quantised groups before it hand over.
+
+    lanes -> Hessian -> solve -> pack -> the lanes go on with the dequantised weights
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from quantmill.architectures import LinearGroup
+from quantmill.errors import BadCheckpoint
+from quantmill.formats.gptq import pack, unpack
+from quantmill.quantize.arithmetic import matmul_dtype
+from quantmill.quantize.hessian import Hessian
+from quantmill.quantize.job import ModuleSolved, OnEvent
+from quantmill.quantize.lanes import TappedBlock
+from quantmill.quantize.shell import Shell
+from quantmill.quantize.solver import dequantize, solve_group
+from quantmill.quantize.work import SolvedBlock
+from quantmill.types import IntLinear, ModuleReport, PackedLinear
+
+if TYPE_CHECKING:
+    from quantmill.quantize.pipeline import Stream
+
+
+class BlockStep:
+    """One block of one variant: either solved now, or sent through with the weights an earlier run kept."""
+
+    def __init__(self, shell: Shell, block: nn.Module, prefix: str, stream: Stream, index: int) -> None:
+        self.stream, self.prefix, self.config = stream, prefix, stream.variant.config
+        self.frames = [shell.frames_for(shape, index) for shape in stream.hidden.shapes]
+        self.tapped = TappedBlock(block, shell.architecture.groups, matmul_dtype(shell.device))
+        self.tensors: dict[str, Tensor] = {}
+        self.reports: list[ModuleReport] = []
+
+    def solve(self, on_event: OnEvent) -> SolvedBlock:
+        """Solve every group on what the groups before it hand over: quantised ones, if true-sequential."""
+
+        def at_group(group: LinearGroup, hessian: Hessian) -> None:
+            for report in self._solve_group(group, hessian):
+                on_event(ModuleSolved(self.stream.variant.branch, report))
+
+        hidden, waiting = self.stream.hidden, self.stream.residence.waiting
+        with self.tapped as tapped:
+            if self.config.true_sequential:
+                keep = hidden.__setitem__
+                tapped.run(hidden, self.frames, at_group, keep=keep, waiting=waiting)
+            else:
+                hessians: list[tuple[LinearGroup, Hessian]] = []
+                arrived = lambda group, hessian: hessians.append((group, hessian))  # noqa: E731
+                tapped.run(hidden, self.frames, arrived, keep=lambda *_: None, waiting=waiting)
+                for group, hessian in hessians:
+                    at_group(group, hessian)
+                tapped.forward(hidden, self.frames, hidden.__setitem__)
+        return SolvedBlock(self.tensors, tuple(self.reports))
+
+    def _solve_group(self, group: LinearGroup, hessian: Hessian) -> list[ModuleReport]:
+        began = time.perf_counter()
+        weights = [self.tapped.weight(m) for m in group.modules]
+        try:
+            solutions = solve_group(weights, hessian.mean(), self.config)
+        except BadCheckpoint as e:
+            raise BadCheckpoint(f"{self.prefix}{group.modules[0]}: {e}") from e
+        for module, solution in zip(group.modules, solutions, strict=True):
+            tap = self.tapped.taps[module]
+            bias = None if tap.original.bias is None else tap.original.bias.half()
+            packed = pack(solution.linear, self.config, bias)
+            self.tensors |= {n: t.cpu() for n, t in packed_tensors(self.prefix + module, packed).items()}
+            tap.use(dequantize(solution.linear))
+        seconds = (time.perf_counter() - began) / len(solutions)
+        new = [
+            ModuleReport(self.prefix + m, s.loss, s.damp_percent, hessian.tokens, seconds, s.fallback)
+            for m, s in zip(group.modules, solutions, strict=True)
+        ]
+        self.reports.extend(new)
+        return new
+
+    def replay(self, kept: SolvedBlock) -> SolvedBlock:
+        """Send the hidden states through the packed weights of a finished block."""
+        hidden, device = self.stream.hidden, self.stream.hidden.device
+        with self.tapped as tapped:
+            for module, tap in tapped.taps.items():
+                linear = unpack(self._packed(kept, module))
+                moved = (t.to(device) for t in (linear.codes, linear.scales, linear.zeros, linear.g_idx))
+                tap.use(dequantize(IntLinear(*moved)))
+            tapped.forward(hidden, self.frames, hidden.__setitem__)
+        return kept
+
+    def _packed(self, kept: SolvedBlock, module: str) -> PackedLinear:
+        n, k = self.tapped.weight(module).shape
+        part = {
+            s: kept.tensors[f"{self.prefix}{module}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx")
+        }
+        return PackedLinear(
+            **part,
+            bias=None,
+            bits=self.config.bits,
+            group_size=self.config.group_size,
+            in_features=k,
+            out_features=n,
+            checkpoint_format=self.config.zero_format,
+        )
+
+
+def packed_tensors(name: str, packed: PackedLinear) -> dict[str, Tensor]:
+    """A packed linear's tensors under their names in the file."""
+    tensors = {s: getattr(packed, s) for s in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+    return {f"{name}.{suffix}": t for suffix, t in tensors.items() if t is not None}

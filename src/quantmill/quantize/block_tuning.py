@@ -1,0 +1,53 @@
+"""`--tune-blocks`: a solved block's scales and norms, trained until its output is the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantmill.quantize.presets import Schedule
+from quantmill.quantize.scaled import ScaledNorm, norm_names, trainable
+from quantmill.quantize.tuning import Tuned, changed_scales, tune
+from quantmill.types import IntLinear
+
+
+@dataclass(frozen=True, slots=True)
+class TunedBlock:
+    """The same codes with new scales, the norms that changed, and what it brought."""
+
+    linears: dict[str, IntLinear]
+    norms: dict[str, Tensor]
+    tuned: Tuned
+
+
+def tune_block(
+    block: nn.Module,
+    linears: Mapping[str, IntLinear],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    frames: Sequence[Mapping[str, Any]],
+    held: int,
+    schedule: Schedule,
+    dtype: torch.dtype = torch.float32,
+) -> TunedBlock:
+    """Train on all lanes but the last `held`, judge on those.
+
+    inputs: hidden states (B, L, hidden) in the quantised stream; wanted: the block's outputs in the original.
+    """
+    cut = len(inputs) - held
+    with torch.inference_mode(False), trainable(block, linears, norm_names(block), dtype) as modules:
+        scale = 1.0 / float(wanted[0].var())
+
+        def loss(lane: int) -> Tensor:
+            out = block(inputs[lane].clone(), **frames[lane])
+            first: Tensor = out[0] if isinstance(out, tuple) else out
+            return (first - wanted[lane].clone()).square().mean() * scale
+
+        tuned = tune(modules, schedule, loss, cut, lambda i: loss(cut + i), held)
+        new = {name: m.stored() for name, m in changed_scales(modules).items()}
+        norms = {name: m.stored() for name, m in modules.items() if isinstance(m, ScaledNorm)}
+    return TunedBlock(new, norms, tuned)

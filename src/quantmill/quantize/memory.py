@@ -1,0 +1,119 @@
+"""What a run holds at its worst moment, on the GPU and in host memory, and the fastest way that fits.
+
+Works from shapes alone. The terms name the pipeline's own tensors; `benchmarks/gpu_quantize.py` prints the
+prediction beside what was counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantmill.architectures import architecture_of, dimensions, linear_shapes
+from quantmill.errors import BadRequest
+from quantmill.quantize.job import rows_share
+from quantmill.types import Json, Variant
+
+LANE_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens that run through a block at once
+GPU_BASE = 600 << 20  # the driver's context and the libraries' work space
+CPU_BASE = 900 << 20  # Python, torch, Transformers, numba, their buffers, the calibration text
+HOST_BASE = 2 << 30  # the same with a GPU's libraries
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """Where hidden states lie between blocks, and whether batches wait at a group or start again for each."""
+
+    name: str
+    on_host: bool
+    waiting: bool
+
+
+RESIDENCES = (  # from the fastest to the most frugal
+    Residence("resident", on_host=False, waiting=True),
+    Residence("rerun", on_host=False, waiting=False),
+    Residence("host", on_host=True, waiting=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The sizes that decide memory."""
+
+    hidden: int
+    intermediate: int
+    groups: tuple[tuple[int, int], ...]  # (N, K) of the linears that are solved as one
+    tokens: tuple[int, ...]  # per variant
+    lane_tokens: int
+
+    @property
+    def weights(self) -> int:
+        """Weights of a block's linears."""
+        return sum(n * k for n, k in self.groups)
+
+    @property
+    def widest(self) -> int:
+        return max(k for _, k in self.groups)
+
+
+def load_of(config: Json, variants: Sequence[Variant], samples: int, seqlen: int, device: str) -> Load:
+    """The sizes of a run. Raises UnsupportedModel or BadCheckpoint for a bad config."""
+    dims, shapes = dimensions(config), linear_shapes(config)
+    groups = tuple(
+        (sum(shapes[m].out_features for m in group.modules), shapes[group.modules[0]].in_features)
+        for group in architecture_of(config).groups
+    )
+    tokens = tuple(max(1, round(samples * rows_share(v.config))) * seqlen for v in variants)
+    return Load(dims.hidden, dims.intermediate, groups, tokens, lane_tokens(device, seqlen))
+
+
+def lane_tokens(device: str, seqlen: int) -> int:
+    """Tokens of one batch: whole rows, at least one."""
+    return max(1, LANE_TOKENS[device] // seqlen) * seqlen
+
+
+def gpu_bytes(load: Load, residence: Residence) -> int:
+    """GPU memory at the worst moment, the driver's part included."""
+    states = 0 if residence.on_host else 2 * sum(load.tokens) * load.hidden
+    block = 4 * load.weights  # as stored, and what taps multiply with
+    lane = load.lane_tokens * (16 * load.hidden + 12 * load.intermediate)
+    waiting = max(load.tokens) * (8 * load.hidden + 6 * load.widest) if residence.waiting else 0
+    solving = max(30 * k * k + 24 * n * k for n, k in load.groups)
+    return GPU_BASE + states + block + waiting + max(lane, solving)
+
+
+def host_bytes(load: Load, residence: Residence) -> int:
+    """Host memory at the worst moment of a run on a GPU: pinned states, pinned weights of two blocks."""
+    states = 2 * sum(load.tokens) * load.hidden if residence.on_host else 0
+    return HOST_BASE + states + 4 * load.weights
+
+
+def cpu_bytes(load: Load, residence: Residence) -> int:
+    """Host memory at the worst moment of a run on the CPU."""
+    states = 4 * sum(load.tokens) * load.hidden
+    held = max(load.tokens) if residence.waiting else load.lane_tokens
+    lanes = 2 * 4 * held * (3 * load.hidden + load.widest)  # twice: the allocator keeps as much again
+    return CPU_BASE + states + 6 * load.weights + lanes + 40 * load.widest**2
+
+
+def choose(load: Load, device: str, *, vram: int | None, ram: int | None) -> Residence:
+    """The fastest way to run within `vram` and `ram` bytes. Raises BadRequest naming what the least would take."""
+    if device == "cpu":
+        need = [(r, 0, cpu_bytes(load, r)) for r in RESIDENCES[:2]]
+    else:
+        need = [(r, gpu_bytes(load, r), host_bytes(load, r)) for r in RESIDENCES]
+    for residence, on_gpu, on_host in need:
+        if (vram is None or on_gpu <= vram) and (ram is None or on_host <= ram):
+            return residence
+    raise BadRequest(_too_little(need, vram, ram))
+
+
+def _too_little(need: list[tuple[Residence, int, int]], vram: int | None, ram: int | None) -> str:
+    ways = " or ".join(
+        f"{on_gpu / 1e9:.1f} GB of GPU and {on_host / 1e9:.1f} GB of host memory"
+        if on_gpu
+        else f"{on_host / 1e9:.1f} GB"
+        for _, on_gpu, on_host in need[1:]
+    )
+    limits = ", ".join(f"{v / 1e9:.1f} GB {n}" for v, n in ((vram, "--max-vram"), (ram, "--max-ram")) if v)
+    return f"this run needs {ways}; there is {limits}: use fewer --samples or variants, or raise the limits"

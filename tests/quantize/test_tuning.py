@@ -1,0 +1,116 @@
+"""Scales and norms by gradient: exact gradients, nothing but scales and norms moves, held-out loss never rises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from quantmill.quantize.block_tuning import tune_block
+from quantmill.quantize.distill import distill
+from quantmill.quantize.presets import Schedule
+from quantmill.quantize.scaled import ScaledLinear, ScaledNorm, norm_names, trainable
+from quantmill.quantize.solver import dequantize, solve
+from quantmill.quantize.tuning import kl_divergence
+from quantmill.types import IntLinear, QuantConfig
+from tiny_models import tiny_model
+
+
+def solved(weight: torch.Tensor, bits: int = 3, group: int = 16) -> IntLinear:
+    K = weight.shape[1]
+    return solve(weight, torch.eye(K), QuantConfig(bits=bits, group_size=group)).linear
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("group", [8, 16, -1])
+def test_gradients_are_autograds(bits: int, group: int) -> None:
+    torch.manual_seed(0)
+    linear = solved(torch.randn(6, 24), bits, group)
+    module = ScaledLinear(linear, torch.randn(6), torch.float32)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    module(x).square().sum().backward()
+    own = x.grad.clone(), module.change.grad.clone()
+    x.grad = None
+    change = torch.zeros_like(module.change, requires_grad=True)
+    g = linear.g_idx.long()
+    W = (linear.scales.float() * (1 + change))[:, g] * (linear.codes.float() - linear.zeros.float()[:, g])
+    (x @ W.T + module.bias).square().sum().backward()
+    assert torch.allclose(own[0], x.grad, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(own[1], change.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_untrained_it_is_the_packed_linear() -> None:
+    torch.manual_seed(0)
+    linear = solved(torch.randn(6, 24))
+    module, x = ScaledLinear(linear, None, torch.float32), torch.randn(3, 24)
+    assert torch.allclose(module(x), x @ dequantize(linear).T, atol=1e-6)
+    assert torch.equal(module.stored().scales, linear.scales)
+
+
+def test_a_scale_that_leaves_float16_keeps_its_old_value() -> None:
+    linear = solved(torch.randn(2, 16))
+    module = ScaledLinear(linear, None, torch.float32)
+    with torch.no_grad():
+        module.change[0] = -1.0
+        module.change[1] = 1e9
+    assert torch.equal(module.stored().scales, linear.scales)
+
+
+def model_and_linears() -> tuple[nn.Module, dict[str, IntLinear]]:
+    model = tiny_model("llama").requires_grad_(False)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n]
+    return model, {n: solved(model.get_submodule(n).weight.float(), 2, 32) for n in names}
+
+
+def test_everything_is_put_back() -> None:
+    model, linears = model_and_linears()
+    before = {n: id(m) for n, m in model.named_modules()}
+    with trainable(model, linears, norm_names(model), torch.float32) as new:
+        assert sum(isinstance(m, ScaledNorm) for m in new.values()) == 5
+        assert isinstance(model.get_submodule(next(iter(linears))), ScaledLinear)
+    assert before == {n: id(m) for n, m in model.named_modules()}
+
+
+def test_distillation_lowers_held_out_kl_and_keeps_codes() -> None:
+    original, linears = model_and_linears()
+    student = copy.deepcopy(original, memo={id(p): p for p in original.parameters()})
+    blocks = torch.randint(0, 300, (20, 24), generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(steps=50, rate=1e-2, norm_rate=1e-2)
+    done = distill(student, original, linears, blocks, 6, schedule, batch=4)
+    assert done.tuned.after < 0.9 * done.tuned.before
+    assert done.tuned.step > 0
+    assert all(torch.equal(q.codes, linears[n].codes) for n, q in done.linears.items())
+    with torch.no_grad():
+        for name, q in done.linears.items():
+            student.get_submodule(name).weight = nn.Parameter(dequantize(q))
+        for name, w in done.norms.items():
+            student.get_submodule(name).weight = nn.Parameter(w)
+        found = kl_divergence(student(blocks[14:]).logits, original(blocks[14:]).logits)
+    assert float(found) == pytest.approx(done.tuned.after, rel=0.05)  # what is stored is what was judged
+
+
+def test_block_tuning_lowers_the_blocks_error() -> None:
+    model, linears = model_and_linears()
+    block, prefix = model.model.layers[0], "model.layers.0."
+    own = {n.removeprefix(prefix): q for n, q in linears.items() if n.startswith(prefix)}
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(8, 32, 64, generator=g) for _ in range(6)]
+    frame = {"position_embeddings": model.model.rotary_emb(inputs[0], torch.arange(32)[None])}
+    with torch.no_grad():
+        out = [block(x, **frame) for x in inputs]
+    wanted = [o[0] if isinstance(o, tuple) else o for o in out]
+    done = tune_block(block, own, inputs, wanted, [frame] * 6, 1, Schedule(75, 3e-3, 3e-3))
+    assert done.tuned.after < 0.9 * done.tuned.before
+    assert set(done.norms) == {"input_layernorm", "post_attention_layernorm"}
+
+
+def test_training_that_only_hurts_is_not_kept() -> None:
+    original, linears = model_and_linears()
+    student = copy.deepcopy(original)
+    blocks = torch.randint(0, 300, (6, 16), generator=torch.Generator().manual_seed(0))
+    done = distill(student, original, linears, blocks, 2, Schedule(25, 100.0, 100.0), batch=2)
+    assert done.tuned.step == 0
+    assert done.tuned.after == done.tuned.before
+    assert all(torch.equal(q.scales, linears[n].scales) for n, q in done.linears.items())
