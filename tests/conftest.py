@@ -4,6 +4,7 @@ shared      the project's shared folder
 smol_gguf   SmolLM2-135M-Instruct as it is shipped
 smol        the same as a Transformers folder, converted once and kept in pytest's cache
 tiny_llama  a Transformers folder made here
+exact_products  quantised linears without the fast kernels' rounding
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is first 
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linears multiply dequantised weights in float32, so that tests of other things may compare closely."""
+    monkeypatch.setenv("QUANTMILL_BACKEND", "dense")
 
 
 @pytest.fixture(scope="session")

@@ -338,9 +338,9 @@ def test_a_broken_quantize_config(folder: Path) -> None:
 
 
 def test_other_methods(folder: Path) -> None:
-    label(folder, quant_method="awq")
+    label(folder, quant_method="aqlm")
     report = check(folder)
-    assert found(report, Level.ERROR, "quant_method is 'awq'") == ["config.json"]
+    assert found(report, Level.ERROR, "quant_method is 'aqlm'") == ["config.json"]
     assert all("awq" in verdict for verdict in report.loaders.values())
     with pytest.raises(UnsupportedModel):
         fix(folder)

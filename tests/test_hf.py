@@ -21,6 +21,8 @@ from quantmill.runtime.linear import QuantLinear, quant_linears
 from quantmill.types import CheckpointFormat, QuantConfig
 from tiny_models import byte_level_tokenizer, tiny_model
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 CONFIG = QuantConfig(bits=4, group_size=32)
 IDS = torch.randint(2, 320, (2, 20), generator=torch.Generator().manual_seed(0))
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantmill.errors import BadCheckpoint, SourceNotFound
+from quantmill.errors import BadCheckpoint, SourceNotFound, UnsupportedModel
 from quantmill.files import atomic_folder, cache_root, read_json, write_json
-from quantmill.formats.config import config_from_json, config_to_json
+from quantmill.formats.config import config_from_json, config_to_json, module_config
 from quantmill.formats.container import TensorInfo, read_header, write_file
-from quantmill.formats.layout import tensor_shapes
-from quantmill.types import ActOrder, Json, PackedLinear, QuantConfig
+from quantmill.formats.dialects import Layout, as_gptq, layout_of, method
+from quantmill.packed import Module, g_idx_of, module_faults, module_names, module_size, read_module
+from quantmill.types import Json, PackedLinear, QuantConfig
 from quantmill.weights import INDEX, WEIGHTS, find_weights, save_tensors, shard_name, write_index
 
 if TYPE_CHECKING:
@@ -32,14 +33,6 @@ __all__ = [
     "save_tensors",
     "write_json",
 ]
-
-STORED_DTYPES = {
-    "qweight": ("I32",),
-    "qzeros": ("I32",),
-    "scales": ("F16", "BF16", "F32"),
-    "g_idx": ("I32", "I64"),
-    "bias": ("F16", "BF16", "F32"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,89 +72,55 @@ class Checkpoint:
             raise BadCheckpoint(f"{file}: {name} cannot be read ({error}): download it again") from error
         return tensor
 
+    @property
+    def layout(self) -> Layout:
+        """How quantised linears lie in the files. Raises UnsupportedModel for a method that is not read."""
+        return layout_of(self.quant or {})
+
+    def module_config(self, module: str) -> QuantConfig:
+        """The parameters of one module, which `dynamic` and its like may set apart. Raises as quant_config."""
+        if self.quant is None:
+            return self.quant_config
+        return module_config(self.quant, module)
+
     def quantized_modules(self) -> tuple[str, ...]:
         """Names of the modules that hold packed weights, in the order of the files."""
-        return tuple(n.removesuffix(".qweight") for n in self.tensors if n.endswith(".qweight"))
+        return module_names(self._layout_or_gptq(), self.tensors)
 
     def module_size(self, module: str) -> tuple[int, int]:
         """(in_features, out_features) of a quantised module, from the headers alone."""
-        shape = self._info(f"{module}.qweight").shape
-        if len(shape) != 2:
-            raise BadCheckpoint(f"{module}.qweight is {shape}; two dimensions are needed: fetch it again")
-        g_idx = self.tensors.get(f"{module}.g_idx")
-        if g_idx is not None and len(g_idx.shape) == 1:
-            return g_idx.shape[0], shape[1]
-        return shape[0] * 32 // self.quant_config.bits, shape[
-            1
-        ]  # makers that left g_idx out filled every word
+        return module_size(self.layout, self._module(module))
 
     def module_faults(self, module: str) -> list[str]:
         """What the headers say against a module's tensors: suffix, found, and what the config asks for."""
-        config = self.quant_config
-        in_features, out_features = self.module_size(module)
-        shapes = tensor_shapes(config.bits, config.group_size, in_features, out_features)
-        shapes["bias"] = (out_features,)
-        faults = []
-        for suffix, shape in shapes.items():
-            info = self.tensors.get(f"{module}.{suffix}")
-            if info is None:
-                if suffix not in ("g_idx", "bias"):
-                    faults.append(f"{suffix} is missing")
-            elif info.shape != shape:
-                asked = f"{config.bits} bits and group size {config.group_size}"
-                faults.append(f"{suffix} is {info.shape}; {shape} is needed for {asked}")
-            elif info.dtype not in STORED_DTYPES[suffix]:
-                faults.append(f"{suffix} is {info.dtype}; {' or '.join(STORED_DTYPES[suffix])} is needed")
-        return faults
+        return module_faults(self.layout, self._module(module))
 
     def packed(self, module: str) -> PackedLinear:
-        """A quantised module, its zero convention told from the zeros, a missing `g_idx` filled in.
+        """A quantised module of any layout; zero convention told from the zeros, a missing `g_idx` filled in.
 
         Raises BadCheckpoint where a tensor is missing, has another shape or dtype than the config asks for,
         or holds scales or a bias that overflow float16.
         """
-        from quantmill.formats.gptq import probe_format
-
         if faults := self.module_faults(module):
             raise BadCheckpoint(f"{module}: {faults[0]}: run `quantmill check {self.folder}`")
-        config = self.quant_config
-        in_features, out_features = self.module_size(module)
-        qzeros = self.load(f"{module}.qzeros")
-        bias = f"{module}.bias"
-        return PackedLinear(
-            qweight=self.load(f"{module}.qweight"),
-            qzeros=qzeros,
-            scales=_to_half(f"{module}.scales", self.load(f"{module}.scales")),
-            g_idx=self._g_idx(module, config, in_features),
-            bias=_to_half(bias, self.load(bias)) if bias in self.tensors else None,
-            bits=config.bits,
-            group_size=config.group_size,
-            in_features=in_features,
-            out_features=out_features,
-            checkpoint_format=probe_format(qzeros, config.bits, config.sym, config.zero_format),
-        )
+        return read_module(self.layout, self._module(module))
+
+    def _layout_or_gptq(self) -> Layout:
+        """Of a folder whose method is not read, tensors are looked for under GPTQ's names."""
+        try:
+            return self.layout
+        except UnsupportedModel:
+            return Layout.GPTQ
+
+    def _module(self, module: str) -> Module:
+        start = f"{module}."
+        held = {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
+        return Module(module, self.module_config(module), held, lambda suffix: self.load(start + suffix))
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise BadCheckpoint(f"{self.folder} has no tensor {name}: run `quantmill check {self.folder}`")
         return self.tensors[name]
-
-    def _g_idx(self, module: str, config: QuantConfig, in_features: int) -> Tensor:
-        name = f"{module}.g_idx"
-        groups = config.groups(in_features)
-        if name not in self.tensors:
-            if config.act_order is ActOrder.GROUPED and groups > 1:
-                raise BadCheckpoint(
-                    f"{name} is missing, and desc_act is true: its order is lost, get another file"
-                )
-            return _sequential(in_features, config)
-        import torch
-
-        g_idx = self.load(name).to(torch.int32)
-        low, high = (int(n) for n in g_idx.aminmax())
-        if low < 0 or high >= groups:
-            raise BadCheckpoint(f"{name} names groups {low} to {high} of {groups}: download the model again")
-        return g_idx
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -198,26 +157,6 @@ def _read_headers(folder: Path, files: list[Path], indexed: list[str]) -> dict[s
     return tensors
 
 
-def _to_half(name: str, tensor: Tensor) -> Tensor:
-    """Float16, which every reader computes with. Wider values are rounded, but may not overflow."""
-    import torch
-
-    half = tensor.to(torch.float16)
-    lost = int((torch.isinf(half) & torch.isfinite(tensor)).sum())
-    if lost:
-        raise BadCheckpoint(
-            f"{name} is {tensor.dtype}, {lost} of its values overflow float16: quantise again"
-        )
-    return half
-
-
-def _sequential(in_features: int, config: QuantConfig) -> Tensor:
-    """g_idx (K,) int32 of consecutive groups."""
-    import torch
-
-    return torch.arange(in_features, dtype=torch.int32) // config.effective_group(in_features)
-
-
 def modern_view(folder: Path, cache: Path | None = None) -> Path:
     """The folder itself where Transformers finds everything in it, else a cached folder of links that has it.
 
@@ -250,8 +189,9 @@ def _view_name(checkpoint: Checkpoint, config: Json) -> str:
 
 
 def _is_gptq(checkpoint: Checkpoint) -> bool:
-    method = (checkpoint.quant or {}).get("quant_method", "gptq")
-    return checkpoint.quant is not None and method == "gptq" and bool(checkpoint.quantized_modules())
+    if checkpoint.quant is None or method(checkpoint.quant) not in ("gptq", "auto-round", "intel/auto-round"):
+        return False
+    return checkpoint.layout is Layout.GPTQ and bool(checkpoint.quantized_modules())
 
 
 def _modern_quant(checkpoint: Checkpoint) -> Json | None:
@@ -261,11 +201,12 @@ def _modern_quant(checkpoint: Checkpoint) -> Json | None:
         return stated
     config = checkpoint.quant_config
     probed = checkpoint.packed(checkpoint.quantized_modules()[0]).checkpoint_format
-    if stated and stated.keys() >= {"quant_method", "bits", "group_size"} and probed is config.zero_format:
+    named = {"quant_method", "bits", "group_size"}
+    if stated and stated.keys() >= named and method(stated) == "gptq" and probed is config.zero_format:
         return stated
     kept = {
         k: v
-        for k, v in checkpoint.quant.items()
+        for k, v in as_gptq(checkpoint.quant).items()
         if v is not None and k not in ("checkpoint_format", "format")
     }
     return config_to_json(replace(config, checkpoint_format=probed)) | kept
@@ -290,8 +231,7 @@ def _link(checkpoint: Checkpoint, view: Path, lacking: tuple[str, ...]) -> None:
         return
     weight_map = {tensor: names[info.file] for tensor, info in checkpoint.tensors.items()}
     if lacking:
-        config = checkpoint.quant_config
-        extra = {f"{m}.g_idx": checkpoint._g_idx(m, config, checkpoint.module_size(m)[0]) for m in lacking}
+        extra = {f"{m}.g_idx": g_idx_of(checkpoint._module(m), checkpoint.module_size(m)[0]) for m in lacking}
         write_file(view / shard_name(count - 1, count), extra)
         weight_map |= dict.fromkeys(extra, shard_name(count - 1, count))
     write_index(view, weight_map, sum(info.nbytes for info in checkpoint.tensors.values()))

@@ -21,7 +21,8 @@ from quantmill.errors import BadCheckpoint, SourceNotFound
 from quantmill.files import atomic_folder, read_json, write_json
 from quantmill.hub.variants import CARD_GRID
 from quantmill.runtime.generate import generate
-from quantmill.runtime.load import load_model, load_tokenizer
+from quantmill.runtime.opening import open_runtime
+from quantmill.runtime.tokenizer import open_tokenizer
 from quantmill.sources import resolve
 from quantmill.types import EvalReport, Json, SamplingParams
 
@@ -104,7 +105,7 @@ def _check(made: Made) -> None:
 
 
 def _ask(folder: Path, console: Console) -> str:
-    answer = generate(load_model(folder, device="cpu"), load_tokenizer(folder), QUESTION, ANSWER)
+    answer = generate(open_runtime(folder, device="cpu"), open_tokenizer(folder), QUESTION, ANSWER)
     console.note(f"  {folder.name}: {answer.text.strip()!r} ({answer.tok_s:.1f} tok/s)")
     return answer.text.strip()
 

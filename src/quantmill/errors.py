@@ -1,6 +1,7 @@
 """Every error that quantmill raises on purpose.
 
     QuantmillError                 exit 1: our failure
+    ├── Busy                       no room for one more request just now; says when to come back
     └── UserError                  exit 2: something the caller can mend
         ├── BadRequest             a parameter or a combination of them that cannot be served
         ├── SourceNotFound         no such folder, file, repository or branch
@@ -17,6 +18,14 @@ class QuantmillError(Exception):
     """Something went wrong that the user cannot mend."""
 
     exit_code = 1
+
+
+class Busy(QuantmillError):
+    """There is no room for one more request just now; `retry_after` says in how many seconds there may be."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class UserError(QuantmillError):

@@ -59,11 +59,20 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A ratio of two means with its 95 % confidence interval."""
+    """A ratio of two means, or a difference, with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Versus:
+    """One model beside another on the same windows: every interval is paired, what is hard in the text cancels."""
+
+    perplexity_ratio: Ratio
+    kl_ratio: Ratio | None = None  # of mean KL to the original; below 1, the first is closer
+    top1_difference: Ratio | None = None  # of top-1 agreement, first minus second
 
 
 def evaluate(
@@ -142,11 +151,15 @@ def report(scores: Scores, *, text: str = "", text_sha256: str = "") -> EvalRepo
         text_sha256=text_sha256,
         protocol=protocol(count, width + 1),
     )
-    return _with_distance(plain, scores.distance) if scores.distance else plain
+    return _with_distance(plain, scores.nll, scores.distance) if scores.distance else plain
 
 
-def _with_distance(plain: EvalReport, distance: Distance) -> EvalReport:
+def _with_distance(plain: EvalReport, nll: Array, distance: Distance) -> EvalReport:
     median, p99, p999, most = (float(q) for q in np.quantile(distance.kl, (0.5, 0.99, 0.999, 1.0)))
+    squares = np.square(distance.delta_p)
+    rms = mean_interval(squares)
+    growth = nll - distance.original_nll
+    ends = mean_interval(growth)
     return dataclasses.replace(
         plain,
         original_perplexity=math.exp(distance.original_nll.mean()),
@@ -157,7 +170,12 @@ def _with_distance(plain: EvalReport, distance: Distance) -> EvalReport:
         p999_kl=p999,
         max_kl=most,
         top1_agreement=float(distance.same_top1.mean()),
-        rms_delta_p=float(np.sqrt(np.square(distance.delta_p).mean())),
+        rms_delta_p=float(np.sqrt(squares.mean())),
+        top1_agreement_ci=mean_interval(distance.same_top1),
+        rms_delta_p_ci=None if rms is None else (math.sqrt(rms[0]), math.sqrt(rms[1])),
+        mean_delta_p=float(distance.delta_p.mean()),
+        perplexity_ratio=math.exp(growth.mean()),
+        perplexity_ratio_ci=None if ends is None else (math.exp(ends[0]), math.exp(ends[1])),
     )
 
 
@@ -261,6 +279,26 @@ def paired_ratio(a: Array, b: Array) -> Ratio:
     return Ratio(float(sums_a.sum() / sums_b.sum()), float(low), float(high))
 
 
+def compare(a: Scores, b: Scores) -> Versus:
+    """Two models scored in one run. Raises BadRequest as paired_ratio does."""
+    growth = _difference(a.nll, b.nll)
+    ratio = Ratio(*(math.exp(end) for end in (growth.value, growth.low, growth.high)))
+    if a.distance is None or b.distance is None:
+        return Versus(ratio)
+    kl = paired_ratio(a.distance.kl, b.distance.kl)
+    return Versus(ratio, kl, _difference(a.distance.same_top1, b.distance.same_top1))
+
+
+def _difference(a: Array, b: Array) -> Ratio:
+    """Difference of two means with its paired interval."""
+    if a.shape != b.shape:
+        raise BadRequest(f"windows {a.shape} and {b.shape} cannot be paired: score both in one run")
+    ends = mean_interval(a - b)
+    if ends is None:
+        raise BadRequest("too little text for an interval: use --windows 6 or more")
+    return Ratio(float((a - b).mean()), *ends)
+
+
 def _block_sums(values: Array) -> tuple[Array, Array]:
     """Sum and number of the values in each bootstrap block."""
     windows, positions = values.shape
@@ -280,7 +318,8 @@ def _draws(blocks: int) -> npt.NDArray[np.int64]:
 
 def report_to_json(scored: EvalReport) -> Json:
     """The report as it stands in eval_report.json: the dataclass's fields under their own names."""
-    return dataclasses.asdict(scored) | {"mean_kl_ci": list(scored.mean_kl_ci) if scored.mean_kl_ci else None}
+    plain = dataclasses.asdict(scored)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
 
 
 def report_from_json(data: Json) -> EvalReport:
@@ -297,8 +336,8 @@ def report_from_json(data: Json) -> EvalReport:
     wrong = [name for name, value in values.items() if not _fits(name, value)]
     if wrong:
         raise BadCheckpoint(f"eval_report.json holds something unexpected in {', '.join(wrong)}: {cure}")
-    interval = values.pop("mean_kl_ci", None)
-    return EvalReport(**values, mean_kl_ci=tuple(interval) if interval else None)
+    fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return EvalReport(**fields)
 
 
 REQUIRED_TYPES: dict[str, type | tuple[type, ...]] = {
@@ -316,6 +355,6 @@ def _fits(name: str, value: object) -> bool:
     """Whether a JSON value can stand in a field: what is not required is a number, or null."""
     if name in REQUIRED_TYPES:
         return isinstance(value, REQUIRED_TYPES[name])
-    if name == "mean_kl_ci" and isinstance(value, list):
+    if name.endswith("_ci") and isinstance(value, list):
         return len(value) == 2 and all(isinstance(end, (int, float)) for end in value)
-    return value is None or (name != "mean_kl_ci" and isinstance(value, (int, float)))
+    return value is None or (not name.endswith("_ci") and isinstance(value, (int, float)))

@@ -154,22 +154,32 @@ def convert(path: Path, out: Path, notify: Notify) -> None:
 
     Raises UnsupportedModel (architecture, RoPE scaling) and BadCheckpoint (damaged, incomplete, not finite).
     """
-    from transformers import AutoConfig
-
     header = read_header(path)
-    _refuse_unknown(path, header)
     notify(f"converting {path.name}: {header.parameters / 1e6:.0f} M weights to fp16")
+    config = write_papers(path, header, out, notify)
     try:
-        config = _complete(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), path, header)
-        tokenizer = _tokenizer(path, header, notify)
         model = _model(path, _plain(config))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadCheckpoint(f"Transformers cannot read {path}: {error}") from error
     model.save_pretrained(out, max_shard_size="4GB")
     config.save_pretrained(out)
+
+
+def write_papers(path: Path, header: GgufHeader, out: Path, notify: Notify) -> PreTrainedConfig:
+    """Write everything but the weights to `out`; config.json, too, which is returned. Raises as `convert`."""
+    from transformers import AutoConfig
+
+    _refuse_unknown(path, header)
+    try:
+        config = _complete(AutoConfig.from_pretrained(path.parent, gguf_file=path.name), path, header)
+        tokenizer = _tokenizer(path, header, notify)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadCheckpoint(f"Transformers cannot read {path}: {error}") from error
+    config.save_pretrained(out)
     _save_tokenizer(tokenizer, out)
     if card := _card(header.keys):
         (out / "README.md").write_text(card, encoding="utf-8")
+    return config
 
 
 # What a GGUF file says of its origin, and under which key a model card says it.

@@ -43,13 +43,19 @@ def split_branch(text: str) -> tuple[str, str | None]:
 
 
 def resolve(
-    source: str, *, files: Files = "model", cache_dir: Path | None = None, notify: Notify | None = None
+    source: str,
+    *,
+    files: Files = "model",
+    cache_dir: Path | None = None,
+    notify: Notify | None = None,
+    run: bool = False,
 ) -> Path:
     """A Transformers folder for `source`: a folder, a `.gguf` file, or `owner/name[:branch]`.
 
     A folder of branches takes `folder:branch` too. `files="config"` fetches only what `plan` reads.
     `cache_dir` replaces quantmill's own cache folder (converted GGUF files), not Hugging Face's (HF_HOME).
-    `notify` gets a line when something takes a while.
+    `notify` gets a line when something takes a while. `run`: the model is to be run, not quantised: a `.gguf`
+    file then keeps its own codes where a packed linear can hold them, instead of becoming fp16.
 
     Raises SourceNotFound, UnsupportedModel (a file type or architecture), BadCheckpoint (a damaged file).
     """
@@ -57,7 +63,7 @@ def resolve(
     if path.is_dir():
         return _folder(path)
     if path.is_file():
-        return _file(path, _cache_root(cache_dir), notify or _silent)
+        return _file(path, _cache_root(cache_dir), notify or _silent, run)
     name, branch = split_branch(source)
     if branch and Path(name).is_dir():
         return _folder(Path(name) / branch)
@@ -94,7 +100,7 @@ def _listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _file(path: Path, cache: Path, notify: Notify) -> Path:
+def _file(path: Path, cache: Path, notify: Notify, run: bool) -> Path:
     """The cached conversion of a `.gguf` file, made now if need be."""
     if path.suffix.lower() != ".gguf":
         raise UnsupportedModel(f"{path} is a file; name a folder in the Transformers layout, or a .gguf file")
@@ -102,10 +108,17 @@ def _file(path: Path, cache: Path, notify: Notify) -> Path:
         raise UnsupportedModel(
             f"{path} is one part of several: join them with 'llama-gguf-split --merge' first"
         )
-    target = cache / "sources" / f"{path.stem}-{_content_hash(path)}"
+    packed = run and _runs_packed(path)
+    target = cache / ("models" if packed else "sources") / f"{path.stem}-{_content_hash(path)}"
     if not (target / "config.json").is_file():
-        _convert_into(target, path, notify)
+        _convert_into(target, path, notify, packed)
     return target
+
+
+def _runs_packed(path: Path) -> bool:
+    from quantmill.gguf_model import runs_packed
+
+    return runs_packed(path)
 
 
 def _cache_root(cache_dir: Path | None) -> Path:
@@ -125,15 +138,16 @@ def _content_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _convert_into(target: Path, path: Path, notify: Notify) -> None:
+def _convert_into(target: Path, path: Path, notify: Notify, packed: bool) -> None:
     """Convert beside `target`, then rename: nobody ever sees a half-written folder there."""
+    from quantmill.gguf_model import convert_packed
     from quantmill.gguf_source import convert
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
-        convert(path, made, notify)
+        (convert_packed if packed else convert)(path, made, notify)
         if not target.exists():  # another process may have been quicker
             made.rename(target)
     notify(f"kept as {target}")

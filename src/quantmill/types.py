@@ -149,6 +149,7 @@ class ModuleReport:
     tokens: int
     seconds: float
     fallback: str | None = None  # why this module is not what was asked for
+    choice: str | None = None  # what preset best chose for it: damping, order, shift, refinements kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,11 @@ class EvalReport:
     max_kl: float | None = None
     top1_agreement: float | None = None
     rms_delta_p: float | None = None
+    top1_agreement_ci: tuple[float, float] | None = None
+    rms_delta_p_ci: tuple[float, float] | None = None
+    mean_delta_p: float | None = None  # of the token that came: below 0, the model has become less sure
+    perplexity_ratio: float | None = None  # to the original's
+    perplexity_ratio_ci: tuple[float, float] | None = None
 
 
 class Level(StrEnum):

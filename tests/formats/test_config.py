@@ -148,12 +148,14 @@ def test_synonyms_of_group_size() -> None:
 @pytest.mark.parametrize(
     ("keys", "error", "words"),
     [
-        ({"quant_method": "awq"}, UnsupportedModel, "quant_method is 'awq'"),
+        ({"quant_method": "bitsandbytes"}, UnsupportedModel, "quant_method is 'bitsandbytes'"),
         ({"method": "fp8"}, UnsupportedModel, "'fp8'"),
         ({"checkpoint_format": "marlin"}, UnsupportedModel, "gptq and gptq_v2"),
         ({"is_marlin_format": True}, UnsupportedModel, "Marlin"),
         ({"pack_dtype": "int16"}, UnsupportedModel, "int32"),
-        ({"dynamic": {"+:.*mlp": {"bits": 8}}}, UnsupportedModel, "dynamic changes bits"),
+        ({"quant_method": "awq", "version": "gemv"}, UnsupportedModel, "AWQ version is 'gemv'"),
+        ({"quant_method": "auto-round"}, UnsupportedModel, "its own format"),
+        ({"quant_method": "compressed-tensors"}, UnsupportedModel, "pack-quantized"),
         ({"bits": 5}, UnsupportedModel, "bits is 5"),
         ({"bits": "4"}, UnsupportedModel, "bits is '4'"),
         ({"bits": True}, UnsupportedModel, "bits is True"),

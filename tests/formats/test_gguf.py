@@ -55,5 +55,5 @@ def test_rows_that_blocks_do_not_divide_are_refused() -> None:
 
 
 def test_an_unknown_type_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModel, match="IQ1_S.*Q4_0"):
+    with pytest.raises(UnsupportedModel, match=r"IQ1_S.*Q4_0"):
         ours.block_type("IQ1_S")

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import sys
 
-from quantmill.cli import making, measuring, running, travelling
+from quantmill.cli import benching, converting, making, measuring, running, serving, travelling
 from quantmill.cli.app import app
 from quantmill.cli.making import choose_variants
 from quantmill.errors import QuantmillError
 
 # The modules' names are in the order of the help.
-__all__ = ["app", "choose_variants", "main", "making", "measuring", "running", "travelling"]
+__all__ = [
+    "app",
+    "benching",
+    "choose_variants",
+    "converting",
+    "main",
+    "making",
+    "measuring",
+    "running",
+    "serving",
+    "travelling",
+]
 
 
 def main() -> None:

@@ -95,11 +95,18 @@ def quantize(
     seqlen: Seqlen = 2048,
     samples: Samples = 128,
     seed: Annotated[int, typer.Option(help="draws the calibration blocks")] = 0,
-    preset: Annotated[str, typer.Option(help="fast")] = "fast",
+    preset: Annotated[str, typer.Option(help="fast, or best: several times the time, less loss")] = "fast",
+    tune_blocks: Annotated[
+        bool, typer.Option("--tune-blocks", help="with best: train scales and norms block by block")
+    ] = False,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="with best: train scales and norms on the original's logits")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on where an interrupted run stopped")] = False,
     device: Device = "auto",
     threads: Threads = None,
     format: Annotated[str | None, typer.Option(help="gptq (v1; default where symmetric) or gptq_v2")] = None,
+    events: Annotated[Path | None, typer.Option(help="write a line of JSON for every event there")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise a model: one complete folder per variant."""
@@ -116,10 +123,13 @@ def quantize(
         samples=samples,
         seed=seed,
         preset=preset,
+        tune_blocks=tune_blocks,
+        distill=distill,
         resume=resume,
         device=device,
         threads=threads,
         command=shlex.join(["quantmill", *sys.argv[1:]]),
+        events=events,
     )
     made = make(request, console)
     console.document(made.to_json())

@@ -11,6 +11,7 @@ import typer
 from quantmill.cli.app import app
 from quantmill.cli.options import AsJson, Device, Model, Threads
 from quantmill.console import Console
+from quantmill.types import EvalReport
 
 
 @app.command()
@@ -28,7 +29,7 @@ def check(
     from quantmill.sources import resolve
 
     console = Console(as_json)
-    folder = resolve(model, notify=console.note)
+    folder = resolve(model, notify=console.note, run=True)
     for name in mend(folder) if fix else ():
         console.say(f"mended  {name}")
     report = examine(folder)
@@ -48,6 +49,12 @@ def eval_(
     against: Annotated[
         str | None, typer.Option(help="the original model, to measure the divergence from")
     ] = None,
+    versus: Annotated[
+        str | None, typer.Option(help="another variant, compared on the same windows, intervals paired")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="instead of a text: tasks of lm-eval, comma-separated (extra: tasks)")
+    ] = None,
     text: Annotated[str, typer.Option(help="a text file, or a data set as for --dataset")] = "python-library",
     ctx: Annotated[int, typer.Option(min=2, help="tokens per window")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="windows to score")] = 16,
@@ -59,14 +66,31 @@ def eval_(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity and, against the original, KL divergence and top-1 agreement."""
-    from quantmill.commands.measuring import Protocol, measure, report_lines
+    from quantmill.commands import measuring
 
     console = Console(as_json)
-    protocol = Protocol(text, ctx, windows, device, threads, save)
-    report = measure({model: model}, against, protocol, console)[model]
-    for line in report_lines(report):
+    if tasks is not None:
+        from quantmill.commands.tasks import run_tasks, task_lines
+
+        results = run_tasks([m for m in (model, versus, against) if m], tasks, device, console)
+        for line in task_lines(results):
+            console.say(line)
+        console.document({"tasks": results})
+        return
+    protocol = measuring.Protocol(text, ctx, windows, device, threads, save)
+    if versus is not None:
+        reports, found = measuring.versus(model, versus, against, protocol, console)
+        more = {"versus": dataclasses.asdict(found), "versus_report": _known(reports[versus])}
+        lines = measuring.versus_lines(versus, found)
+    else:
+        reports, more, lines = measuring.measure({model: model}, against, protocol, console), {}, []
+    for line in [*measuring.report_lines(reports[model]), *lines]:
         console.say(line)
-    console.document({k: v for k, v in dataclasses.asdict(report).items() if v is not None})
+    console.document(_known(reports[model]) | more)
+
+
+def _known(report: EvalReport) -> dict[str, object]:
+    return {k: v for k, v in dataclasses.asdict(report).items() if v is not None}
 
 
 @app.command()

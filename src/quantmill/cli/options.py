@@ -15,6 +15,12 @@ Model = Annotated[str, typer.Argument(help="a folder, a .gguf file, owner/name o
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, nothing else there")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: one per core")]
+CpuExact = Annotated[
+    bool, typer.Option("--cpu-exact", help="float32 activations and cache; slower, for comparison")
+]
+Context = Annotated[
+    int | None, typer.Option(min=1, help="positions to make room for; default: the model's, at most 32768")
+]
 Variants = Annotated[
     list[str] | None,
     typer.Option("--variant", help="4bit-128g, 8bit--1g, 3bit-64g-noact, 4bit-32g-asym; repeatable"),

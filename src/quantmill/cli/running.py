@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from quantmill.cli.app import app
-from quantmill.cli.options import SAMPLING, AsJson, Device, Model, Threads
+from quantmill.cli.options import SAMPLING, AsJson, Context, CpuExact, Device, Model, Threads
 from quantmill.console import Console
 from quantmill.types import SamplingParams
 
@@ -30,6 +30,8 @@ def generate(
     ] = False,
     device: Device = "auto",
     threads: Threads = None,
+    cpu_exact: CpuExact = False,
+    context: Context = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt."""
@@ -38,7 +40,7 @@ def generate(
 
     console = Console(as_json)
     params = SamplingParams(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
-    loaded, tokenizer = open_model(model, device, threads, console)
+    loaded, tokenizer = open_model(model, device, threads, console, exact=cpu_exact, context=context)
     began = time.perf_counter()
     answer = run(loaded, tokenizer, prompt, params, on_text=console.stream, chat=not raw)
     console.stream("\n")
@@ -56,6 +58,8 @@ def chat(
     seed: int | None = None,
     device: Device = "auto",
     threads: Threads = None,
+    cpu_exact: CpuExact = False,
+    context: Context = None,
 ) -> None:
     """Talk to a model in the terminal."""
     from quantmill.commands.running import open_model
@@ -63,7 +67,7 @@ def chat(
 
     console = Console()
     params = dataclasses.replace(SAMPLING, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    loaded, tokenizer = open_model(model, device, threads, console)
+    loaded, tokenizer = open_model(model, device, threads, console, exact=cpu_exact, context=context)
     console.note("/quit ends, /reset forgets, /system TEXT, /set temperature 0.7, /regen answers anew")
     chat_loop(loaded, tokenizer, params, lambda: input("> "), console.stream)
 

@@ -9,6 +9,7 @@ from quantmill.doctor import check
 from quantmill.files import write_json
 from quantmill.hub.card import write_card
 from quantmill.hub.card_facts import branch_folders
+from quantmill.manifest import update_manifest
 from quantmill.types import CheckReport, Json
 
 CHECK_REPORT = "check_report.json"
@@ -16,9 +17,13 @@ CHECK_REPORT = "check_report.json"
 
 def describe(folder: Path, name: str | None) -> Path:
     """Write README.md, and a copy into each branch, for a folder of branches or one branch. Returns its path."""
-    for branch in branch_folders(folder):
+    branches = branch_folders(folder)
+    for branch in branches:
         write_json(branch / CHECK_REPORT, check_to_json(check(branch)))
-    return write_card(folder, name=name)
+    card = write_card(folder, name=name)
+    for branch in branches:
+        update_manifest(branch, (CHECK_REPORT, card.name, *(p.name for p in branch.glob("*.png"))))
+    return card
 
 
 def check_to_json(report: CheckReport) -> Json:

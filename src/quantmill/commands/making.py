@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from quantmill.architectures import module_names
+from quantmill.commands.eventlog import also_to
 from quantmill.commands.machine import pick_device, set_threads
 from quantmill.console import Advance, Console, gigabytes, progress, seconds
 from quantmill.errors import BadRequest
@@ -19,11 +20,11 @@ from quantmill.quantize import calibration
 from quantmill.quantize.job import BlockFinished, Event, Finished, Job, ModuleSolved
 from quantmill.quantize.pipeline import peak_ram_bytes, quantize
 from quantmill.quantize.plan import size_bytes
+from quantmill.quantize.presets import refuse_unknown
 from quantmill.runtime.load import load_model, load_tokenizer
 from quantmill.sources import resolve
 from quantmill.types import CalibrationSet, Json, Variant
 
-PRESETS = ("fast",)
 PICTURE = "loss_by_layer.png"
 
 
@@ -43,6 +44,9 @@ class Request:
     device: str
     threads: int | None
     command: str
+    tune_blocks: bool = False
+    distill: bool = False
+    events: Path | None = None  # a file that gets a line of JSON for every event
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +78,7 @@ class Made:
 def make(request: Request, console: Console) -> Made:
     """Quantise every variant of the request. Raises what the stages raise: a UserError says what to mend."""
     began = time.perf_counter()
-    if request.preset not in PRESETS:
-        raise BadRequest(f"there is no preset {request.preset!r}: use --preset {' or '.join(PRESETS)}")
+    refuse_unknown(request.preset, request.tune_blocks or request.distill)
     set_threads(request.threads)
     device = pick_device(request.device)
     folder = resolve(request.source, notify=console.note)
@@ -91,13 +94,17 @@ def make(request: Request, console: Console) -> Made:
         variants=request.variants,
         calibration=data,
         preset=request.preset,
+        tune_blocks=request.tune_blocks,
+        distill=request.distill,
         device=device,
         resume=request.resume,
         command=request.command,
     )
     total = len(module_names(config)) * len(request.variants)
     with progress("solving", total) as advance:
-        finished = quantize(job, _Follower(advance, total // len(request.variants)))
+        follower = _Follower(advance, total // len(request.variants))
+        with also_to(request.events, follower) as follow:
+            finished = quantize(job, follow)
     made = Made(tuple(finished), time.perf_counter() - began, peak_ram_bytes())
     loss_by_layer({f.branch: [(m.name, m.loss) for m in f.modules] for f in finished}, request.out / PICTURE)
     summarise(made, console)

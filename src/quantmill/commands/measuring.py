@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quantmill.commands.machine import pick_device, set_threads
 from quantmill.console import Console, progress
 from quantmill.errors import BadRequest
-from quantmill.evaluate import evaluate, report_to_json
+from quantmill.evaluate import Ratio, Scores, Versus, compare, report, report_to_json, score, token_windows
 from quantmill.files import write_json
+from quantmill.manifest import update_manifest
 from quantmill.quantize import calibration
 from quantmill.runtime.load import load_model, load_tokenizer
 from quantmill.sources import resolve
@@ -39,42 +40,80 @@ class Protocol:
     save: bool = True
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """Reports by name, and the scores behind them, by which models of one run are compared."""
+
+    reports: dict[str, EvalReport]
+    scores: dict[str, Scores]
+
+
 def measure(
     models: Mapping[str, str], against: str | None, protocol: Protocol, console: Console
 ) -> dict[str, EvalReport]:
+    """Score models, named freely, on one text: `measure_scores` without the scores."""
+    return measure_scores(models, against, protocol, console).reports
+
+
+def measure_scores(
+    models: Mapping[str, str], against: str | None, protocol: Protocol, console: Console
+) -> Measured:
     """Score models, named freely, on one text. `models` maps a name to a folder, file or repository.
 
     All of them and the original are in memory together, so that the original runs once per window.
     """
     set_threads(protocol.threads)
     device = pick_device(protocol.device)
-    folders = {name: resolve(model, notify=console.note) for name, model in models.items()}
+    folders = {name: resolve(model, notify=console.note, run=True) for name, model in models.items()}
     tokenizer = load_tokenizer(next(iter(folders.values())))
     text = calibration.read_text(protocol.text, tokenizer)
     ids = tokenise(tokenizer, text)
     original = None if against is None else load_model(resolve(against, notify=console.note), device=device)
     loaded = {name: load_model(folder, device=device) for name, folder in folders.items()}
     _refuse_long_windows(protocol.ctx, loaded)
-    for name, folder in folders.items():
-        if (share := shared_text(folder, protocol.text, ids, tokenizer)) > SAME_TEXT:
-            console.note(
-                f"warning: {share:.0%} of what {name} was calibrated on is in this text, which flatters it"
-            )
+    _warn_of_shared_text(folders, protocol.text, ids, tokenizer, console)
+    cut = token_windows(ids, ctx=protocol.ctx, windows=protocol.windows)
     with progress("scoring", 1000) as advance:
-        reports = evaluate(
+        scores = score(
             loaded,
-            ids,
+            cut,
             original=original,
-            ctx=protocol.ctx,
-            windows=protocol.windows,
-            text=Path(protocol.text).name,
-            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             progress=lambda done, passes: advance(1000 * done // passes - 1000 * (done - 1) // passes, ""),
         )
+    named = {"text": Path(protocol.text).name, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    reports = {name: report(scores[name], **named) for name in models}
     for name, folder in folders.items():
         if protocol.save and (folder / QUANTIZE_REPORT).exists():
             write_json(folder / EVAL_REPORT, report_to_json(reports[name]))
-    return reports
+            update_manifest(folder, (EVAL_REPORT,))
+    return Measured(reports, scores)
+
+
+def versus(
+    model: str, other: str, against: str | None, protocol: Protocol, console: Console
+) -> tuple[dict[str, EvalReport], Versus]:
+    """Both models' reports, by what was typed, and the first beside the second on the same windows.
+
+    Raises BadRequest where both are the same.
+    """
+    if model == other:
+        raise BadRequest(f"--versus {other} is the model itself: name another variant")
+    measured = measure_scores({model: model, other: other}, against, protocol, console)
+    return measured.reports, compare(measured.scores[model], measured.scores[other])
+
+
+def _warn_of_shared_text(
+    folders: Mapping[str, Path],
+    text: str,
+    ids: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> None:
+    for name, folder in folders.items():
+        if (share := shared_text(folder, text, ids, tokenizer)) > SAME_TEXT:
+            console.note(
+                f"warning: {share:.0%} of what {name} was calibrated on is in this text, which flatters it"
+            )
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
@@ -105,22 +144,40 @@ def shared_text(folder: Path, text: str, ids: torch.Tensor, tokenizer: PreTraine
 def report_lines(report: EvalReport) -> list[str]:
     """A report for people."""
     lines = [f"perplexity      {report.perplexity:.3f}"]
-    if (
-        report.mean_kl is not None
-        and report.mean_kl_ci is not None
-        and report.original_perplexity is not None
-    ):
-        low, high = report.mean_kl_ci
+    if report.mean_kl is not None and report.original_perplexity is not None:
         lines += [
-            f"original        {report.original_perplexity:.3f}",
-            f"mean KL         {report.mean_kl:.5f} nats/token (95 %: {low:.5f} to {high:.5f})",
+            f"original        {report.original_perplexity:.3f}, "
+            f"ratio {_ends(report.perplexity_ratio, report.perplexity_ratio_ci, 4)}",
+            f"mean KL         {_ends(report.mean_kl, report.mean_kl_ci, 5)} nats/token",
             f"KL quantiles    median {report.median_kl:.5f}, 99 % {report.p99_kl:.4f}, "
             f"99.9 % {report.p999_kl:.4f}, max {report.max_kl:.3f}",
-            f"top-1 agreement {report.top1_agreement:.4f}",
-            f"RMS change of p {report.rms_delta_p:.4f}",
+            f"top-1 agreement {_ends(report.top1_agreement, report.top1_agreement_ci, 4)}",
+            f"change of p     RMS {_ends(report.rms_delta_p, report.rms_delta_p_ci, 4)}, "
+            f"mean {report.mean_delta_p:+.4f}",
         ]
     return [
         *lines,
         f"scored          {report.tokens} tokens of {report.text}",
         f"protocol        {report.protocol}",
     ]
+
+
+def _ends(value: float | None, interval: tuple[float, float] | None, digits: int) -> str:
+    """A value with its 95 % interval, where there is one."""
+    shown = f"{value:.{digits}f}"
+    return shown if interval is None else f"{shown} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+
+
+def versus_lines(other: str, found: Versus) -> list[str]:
+    """A comparison for people: paired 95 % intervals."""
+
+    def ratio(r: Ratio) -> str:
+        return _ends(r.value, (r.low, r.high), 4)
+
+    lines = [f"versus          {other}", f"perplexity      x {ratio(found.perplexity_ratio)}"]
+    if found.kl_ratio is not None and found.top1_difference is not None:
+        lines += [
+            f"mean KL         x {ratio(found.kl_ratio)}",
+            f"top-1 agreement {ratio(found.top1_difference)} more",
+        ]
+    return lines

@@ -1,19 +1,26 @@
-"""`quantmill generate` and `chat`: from what the user typed to a loaded model."""
+"""`quantmill generate` and `chat`: from what the user typed to a model that is ready to run."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from quantmill.commands.machine import pick_device, set_threads
 from quantmill.console import Console
-from quantmill.runtime.load import load_model, load_tokenizer
+from quantmill.runtime.interface import Runtime
+from quantmill.runtime.opening import open_runtime
+from quantmill.runtime.tokenizer import TextTokenizer, open_tokenizer
 from quantmill.sources import resolve
 
 
 def open_model(
-    model: str, device: str, threads: int | None, console: Console
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of one revision."""
-    set_threads(threads)
-    folder = resolve(model, notify=console.note)
-    return load_model(folder, device=pick_device(device)), load_tokenizer(folder)
+    model: str,
+    device: str,
+    threads: int | None,
+    console: Console,
+    *,
+    exact: bool = False,
+    context: int | None = None,
+) -> tuple[Runtime, TextTokenizer]:
+    """Runtime and tokenizer of one revision; says which runtime."""
+    folder = resolve(model, notify=console.note, run=True)
+    tokenizer = open_tokenizer(folder)
+    runtime = open_runtime(folder, device=device, threads=threads, exact=exact, context=context)
+    console.note(f"{folder.name}: {runtime.facts.name}")
+    return runtime, tokenizer

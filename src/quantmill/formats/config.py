@@ -1,18 +1,18 @@
 """A parameter set <-> the JSON that GPTQ folders carry. Knows the keys of every era, no tensors and no files.
 
 Written: what docs/formats.md lists, under every name a living reader looks for. Read: AutoGPTQ's
-`quantize_config.json`, GPTQModel's, Optimum's and Transformers' `quantization_config`.
+`quantize_config.json`, GPTQModel's, Optimum's and Transformers' `quantization_config`; through dialects.py
+those of AWQ, compressed-tensors and AutoRound.
 """
 
 from __future__ import annotations
 
 from quantmill import __version__
 from quantmill.errors import BadCheckpoint, UnsupportedModel
+from quantmill.formats.dialects import as_gptq, module_keys
 from quantmill.types import BITS, ActOrder, CheckpointFormat, Json, QuantConfig
 
 READABLE_FORMATS = tuple(str(f) for f in CheckpointFormat)
-# Keys that a `dynamic` rule may change without changing the bytes of a linear.
-HARMLESS_OVERRIDES = {"damp_percent", "damp_auto_increment", "mse", "true_sequential", "static_groups"}
 
 
 def config_to_json(
@@ -53,8 +53,10 @@ def config_from_json(quant: Json) -> QuantConfig:
 
     Raises UnsupportedModel for a method, a packing or a bit width that is not GPTQ's, BadCheckpoint for
     missing or senseless values. A senseless damp, which does not bear on the bytes, becomes the default.
+    What differs from module to module is in `module_config`.
     """
-    _refuse_other_methods(quant)
+    quant = as_gptq(quant)
+    _refuse_other_packings(quant)
     meta = quant.get("meta")
     solver: Json = {
         **(meta if isinstance(meta, dict) else {}),
@@ -72,12 +74,12 @@ def config_from_json(quant: Json) -> QuantConfig:
     )
 
 
-def _refuse_other_methods(quant: Json) -> None:
-    method = quant.get("quant_method") or quant.get("method") or "gptq"
-    if method != "gptq":
-        raise UnsupportedModel(
-            f"quant_method is {method!r}; quantmill reads 'gptq' folders: give a GPTQ repository"
-        )
+def module_config(quant: Json, module: str) -> QuantConfig:
+    """The parameters of one module of a folder. Raises as config_from_json does."""
+    return config_from_json(module_keys(quant, module))
+
+
+def _refuse_other_packings(quant: Json) -> None:
     if quant.get("is_marlin_format"):
         raise UnsupportedModel(
             "is_marlin_format is true: Marlin-packed weights are not GPTQ: give the GPTQ original"
@@ -86,13 +88,6 @@ def _refuse_other_methods(quant: Json) -> None:
         raise UnsupportedModel(
             f"pack_dtype is {quant['pack_dtype']!r}; quantmill reads int32: quantise again"
         )
-    for pattern, rule in (quant.get("dynamic") or {}).items():
-        changed = set(rule or ()) - HARMLESS_OVERRIDES
-        if changed and not pattern.startswith("-:"):
-            keys = ", ".join(sorted(changed))
-            raise UnsupportedModel(
-                f"dynamic changes {keys} for {pattern!r}; quantmill reads one parameter set per folder"
-            )
 
 
 def _checkpoint_format(quant: Json) -> CheckpointFormat:

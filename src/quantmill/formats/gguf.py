@@ -137,13 +137,13 @@ def unpack(kind: BlockType, raw: Bytes) -> Blocks:
         else:
             halves[part] = piece.view(np.float16)[:, 0]
     if kind.name == "Q8_0":
-        codes ^= 0x80  # stored as int8
+        codes ^= np.uint8(0x80)  # stored as int8
     return Blocks(codes, halves["d"], halves.get("m"), fields.get("scales"), fields.get("mins"))
 
 
 def pack(kind: BlockType, blocks: Blocks) -> Bytes:
     """Undo `unpack`: raw (B, nbytes) uint8. Nothing is rounded."""
-    codes = blocks.codes ^ 0x80 if kind.name == "Q8_0" else blocks.codes
+    codes = blocks.codes ^ np.uint8(0x80) if kind.name == "Q8_0" else blocks.codes
     pieces = []
     for part in kind.parts:
         if isinstance(part, Plane):
@@ -239,7 +239,7 @@ def _read_pair4(raw: Bytes) -> dict[str, NDArray[np.int8]]:
 
 def _write_pair4(blocks: Blocks) -> Bytes:
     scales, mins = _both(blocks)
-    return scales | mins << 4
+    return scales | mins << np.uint8(4)
 
 
 def _read_pair6(raw: Bytes) -> dict[str, NDArray[np.int8]]:
