@@ -71,7 +71,7 @@ def test_other_peoples_branches_are_read_from_names_and_configs(online):
         8,
         -1,
     )
-    assert found["awq"] is None
+    assert (found["awq"].bits, found["awq"].desc_act) == (4, False)
     assert (found["odd"].group_size, found["odd"].desc_act) == (32, False)
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from quantmill.checkpoint import open_checkpoint
 from quantmill.doctor.facts import gather
 from quantmill.doctor.folder_rules import PAPER_RULES, TENSOR_RULES, manifest_findings
-from quantmill.doctor.mend import fix
+from quantmill.doctor.mend import Mended, fix
 from quantmill.doctor.quant_rules import LABEL_RULES, PACKED_RULES
 from quantmill.doctor.readers import READERS, verdicts
 from quantmill.errors import BadCheckpoint, SourceNotFound
 from quantmill.types import CheckReport, Finding, Level
 
-__all__ = ["check", "fix"]
+__all__ = ["Mended", "check", "fix"]
 
 
 def check(folder: Path, *, hashes: bool = True) -> CheckReport:

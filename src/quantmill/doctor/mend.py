@@ -1,52 +1,117 @@
-"""What `check --fix` changes: the two JSON files, never a weight."""
+"""`check --fix`: a folder is mended in a copy of it (hard links), which then takes its name in one step.
+
+    copy -> file names -> what a base model can give -> tensors -> the two configs -> hashes -> exchange
+
+What was there stays beside it, under a name with a dot; where nothing changed, nothing is left. Every mend is
+exact: no weight gets another value. What cannot be mended so stays a finding of `check`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from quantmill.checkpoint import Checkpoint, open_checkpoint, write_json
-from quantmill.errors import BadCheckpoint
-from quantmill.files import read_json
-from quantmill.formats.config import config_to_json
-from quantmill.types import CheckpointFormat, Json
+from quantmill.doctor import mend_configs, mend_files, mend_tensors
+from quantmill.errors import BadRequest, SourceNotFound
+from quantmill.files import UNFINISHED, fsync
+from quantmill.manifest import NAME as SUMS
+from quantmill.manifest import files_of, update_manifest
 
-LABEL_KEYS = ("checkpoint_format", "format")
+BEFORE = "before-fix"  # .NAME.before-fix, and a number from the second on
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
 
 
-def fix(folder: Path) -> tuple[str, ...]:
-    """Make config.json and quantize_config.json complete, equal and true to the zeros; returns what changed.
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What was changed, a line each as `file: what`; where the folder as it was lies now (None: unchanged)."""
 
-    Raises as open_checkpoint and quant_config do, and BadCheckpoint where modules store zeros in both ways.
+    notes: tuple[str, ...]
+    backup: Path | None
+
+
+# In this order: later ones need what earlier ones set right. Each changes the copy and says what it did.
+MENDS: tuple[Callable[[Path, Path | None], Iterator[str]], ...] = (
+    mend_files.weight_names,
+    mend_files.paper_names,
+    mend_files.companions,
+    mend_configs.parameters,
+    mend_tensors.tensors,
+    mend_configs.labels,
+)
+
+
+def fix(folder: Path, base: Path | None = None) -> Mended:
+    """Mend what can be mended exactly. `base`: the original's folder, for files that are missing.
+
+    Raises SourceNotFound, BadRequest (a shared cache), and BadCheckpoint and UnsupportedModel for a folder that
+    cannot be opened.
     """
-    checkpoint = open_checkpoint(folder)
-    quant = _true_config(checkpoint)
-    wanted = {
-        "config.json": checkpoint.config | {"quantization_config": quant},
-        "quantize_config.json": quant,
-    }
-    changed = [name for name, value in wanted.items() if _read(folder / name) != value]
-    for name in changed:
-        write_json(folder / name, wanted[name])
-    return tuple(changed)
-
-
-def _true_config(checkpoint: Checkpoint) -> Json:
-    """The stated keys, the missing ones, and the label that the zeros ask for."""
-    config, stated = checkpoint.quant_config, checkpoint.quant or {}
-    probed = _probed(checkpoint) or config.zero_format
-    kept = {k: v for k, v in stated.items() if v is not None and k not in LABEL_KEYS}
-    return config_to_json(replace(config, checkpoint_format=probed)) | kept
-
-
-def _probed(checkpoint: Checkpoint) -> CheckpointFormat | None:
-    found = {checkpoint.packed(m).checkpoint_format for m in checkpoint.quantized_modules()}
-    if len(found) > 1:
-        raise BadCheckpoint(
-            f"{checkpoint.folder} mixes gptq and gptq_v2 zeros; no label is true: quantise again"
+    if not folder.is_dir():
+        raise SourceNotFound(f"{folder} is no folder: give a folder with config.json and *.safetensors")
+    folder = Path(os.path.realpath(folder))
+    if any(path.is_symlink() for path in folder.iterdir()):
+        raise BadRequest(
+            f"{folder} lies in a shared cache, where others see it: quantmill download it with --local-dir first"
         )
-    return next(iter(found), None)
+    copy = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{UNFINISHED}")
+    try:
+        _link_tree(folder, copy)
+        notes = tuple(note for mend in MENDS for note in mend(copy, base))
+        if not notes:
+            return Mended((), None)
+        _renew_hashes(folder, copy)
+        for path in (*copy.rglob("*"), copy):
+            if not path.is_symlink():
+                fsync(path)
+        backup = _backup_name(folder)
+        _exchange(copy, folder, backup)
+        return Mended(notes, backup)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
-def _read(path: Path) -> Json | None:
-    return read_json(path) if path.is_file() else None
+def _link_tree(folder: Path, copy: Path) -> None:
+    """A copy that shares its bytes: files are only ever replaced in it, never written into."""
+    shutil.copytree(folder, copy, copy_function=_link, symlinks=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # no links here, or another's file
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _renew_hashes(folder: Path, copy: Path) -> None:
+    """Bring the manifest up to date for what changed, and nothing else: other damage stays visible."""
+    if not (copy / SUMS).is_file():
+        return
+    before, after = files_of(folder), files_of(copy)
+    same = {n for n in before.keys() & after.keys() if os.path.samefile(before[n], after[n])}
+    update_manifest(copy, sorted((before.keys() | after.keys()) - same))
+
+
+def _backup_name(folder: Path) -> Path:
+    number = 1
+    while (found := folder.with_name(f".{folder.name}.{BEFORE}{number if number > 1 else ''}")).exists():
+        number += 1
+    return found
+
+
+def _exchange(new: Path, folder: Path, backup: Path) -> None:
+    """`new` takes the name `folder`, what had it becomes `backup`. One step where the kernel can do it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.suppress(AttributeError):  # a libc without it
+        if libc.renameat2(_HERE, os.fsencode(new), _HERE, os.fsencode(folder), _EXCHANGE) == 0:
+            new.rename(backup)
+            fsync(folder.parent)
+            return
+    folder.rename(backup)
+    new.rename(folder)
+    fsync(folder.parent)

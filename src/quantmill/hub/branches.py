@@ -5,7 +5,7 @@ Reads a few small JSON files of each branch; what no file says is taken from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,7 @@ def _read(name: str, branch: str, commit: str, api: HfApi, machine: Machine) -> 
     return RemoteBranch(
         name=branch,
         commit=commit,
-        config=_config(papers, branch) if size else None,
+        config=config_of(papers.read, branch) if size else None,
         size=size,
         mean_kl=_number(measured.get("mean_kl")),
         perplexity=_number(measured.get("perplexity")),
@@ -108,11 +108,9 @@ class _Papers:
             return None
 
 
-def _config(papers: _Papers, branch: str) -> QuantConfig | None:
-    """The files' word before the name's."""
-    quant = (papers.read("config.json") or {}).get("quantization_config") or papers.read(
-        "quantize_config.json"
-    )
+def config_of(read: Callable[[str], Json | None], branch: str) -> QuantConfig | None:
+    """A branch's parameters, its files' word before its name's. `read` gives a JSON file or None."""
+    quant = (read("config.json") or {}).get("quantization_config") or read("quantize_config.json")
     if not isinstance(quant, dict):
         return None if branch == MAIN else parse_branch(branch)
     try:

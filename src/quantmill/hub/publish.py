@@ -111,8 +111,7 @@ def publish(
             raise BadRequest(
                 f"{name} exists already and is public: choose another name, or leave --private out"
             )
-        xet = _settle_xet(api, name)
-        uploads = None if xet else Uploads(name, api)
+        uploads = None if _settle_xet(api, name) else Uploads(name, api)
         with ThreadPoolExecutor(WORKERS) as pool:
             prepared = pool.map(lambda b, local: _prepare(b, local, name, api, uploads), branches, hashed)
             return [_publish(ready, name, api, notify) for ready in prepared]

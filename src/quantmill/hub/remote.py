@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError, SourceNotFound
 from quantmill.hub.paths import path_fault
+from quantmill.sources import split_branch
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 AT_ONCE = 1 << 20  # bytes
+PAPERS = ("*.json", "*.jinja", "*.txt", "*.model")
 LARGE = 100_000_000  # bytes from which no hub keeps a file in git itself
 
 
@@ -83,6 +85,15 @@ def list_files(api: HfApi, name: str, commit: str) -> dict[str, RemoteFile]:
     return found
 
 
+def fetch_papers(asked: str) -> Path:
+    """The small files of `owner/name[:branch]` in the shared cache, without weights. Raises as in_our_words."""
+    from huggingface_hub import snapshot_download
+
+    name, branch = split_branch(asked)
+    with in_our_words(asked):
+        return Path(snapshot_download(name, revision=branch, allow_patterns=list(PAPERS)))
+
+
 def token_header(api: HfApi) -> dict[str, str]:
     """What to send with a request of our own: the user's token from the usual places, if there is one."""
     from huggingface_hub import get_token
@@ -110,6 +121,8 @@ def in_our_words(name: str) -> Iterator[None]:
         raise BadRequest(f"{name} is no repository name: write owner/name") from error
     except errors.OfflineModeIsEnabled as error:
         raise SourceNotFound(f"HF_HUB_OFFLINE is set, and {name} has to be asked for: unset it") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise SourceNotFound(f"the hub is out of reach, and the cache does not hold {name}") from error
     except errors.RevisionNotFoundError as error:
         raise SourceNotFound(
             f"{name} has no such branch: type quantmill branches {name.partition(':')[0]}"

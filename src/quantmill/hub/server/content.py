@@ -13,6 +13,14 @@ from quantmill.hub.server.refusal import Refusal, bad
 from quantmill.hub.server.repository import Repository
 from quantmill.hub.server.routing import Call, Route, route
 
+# What a browser may draw; everything else is bytes to be kept.
+PICTURES = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "gif": "image/gif",
+    "webp": "image/webp",
+}
 LFS_JSON = "application/vnd.git-lfs+json"
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
@@ -24,6 +32,7 @@ def resolve(call: Call) -> Answer:
     entry = repository.find(commit, call.parts["path"])
     name = quote(entry.path.rpartition("/")[2])
     headers = {
+        "Content-Type": PICTURES.get(name.rpartition(".")[2].lower(), "application/octet-stream"),
         "X-Repo-Commit": commit,
         "ETag": f'"{entry.etag}"',
         "Accept-Ranges": "bytes",
