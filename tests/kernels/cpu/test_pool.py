@@ -52,6 +52,31 @@ def test_every_thread_runs_every_job_also_after_a_sleep() -> None:
     assert job[0] == 3 * 53
 
 
+@c_function(4)
+def take(job: int, thread: int, threads: int, meeting: int) -> None:
+    """Take numbers until there are none, and add them up."""
+    taken = atomic_add(job, 1)
+    while taken < field(job, 2):
+        atomic_add(job + 8, taken)
+        taken = atomic_add(job, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_loose_job_is_done_whoever_comes(threads: int) -> None:
+    pool, ends = Pool(threads), np.array([7, 100, 1000] * 100)
+    counted = np.zeros(1, np.int64)
+    for i, end in enumerate(ends):
+        job = np.array([0, 0, end], np.int64)
+        pool.run(take.address, job.ctypes.data, loose=True)
+        assert job[1] == end * (end - 1) // 2
+        after = job.copy()
+        if i % 10 == 0:
+            pool.run(count.address, counted.ctypes.data)  # all threads are needed, also those that came late
+            time.sleep(0.001)
+        assert np.array_equal(job, after)  # nobody is inside any more
+    assert counted[0] == 30 * threads
+
+
 def test_callers_take_turns() -> None:
     pool, job = Pool(2), np.zeros(1, np.int64)
 

@@ -76,6 +76,18 @@ def atomic_add(context: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_swap(context: Any, address: Any, old: Any, new: Any) -> Any:
+    """Store `new` if `old` is there -> what was there before."""
+
+    def emit(c: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        found = builder.cmpxchg(place, arguments[1], arguments[2], "seq_cst", "seq_cst")
+        return builder.extract_value(found, 0)
+
+    return I64(I64, I64, I64), emit
+
+
+@intrinsic
 def give_way(context: Any) -> Any:
     """Let another thread have this processor."""
 

@@ -1,9 +1,12 @@
 """A few threads that wait inside compiled code, and the barrier they meet at.
 
 A job is a C function f(job, thread, threads, meeting), all int64, that every thread runs once; `meeting` is
-what `meet` takes. Idle threads watch for work for about a millisecond, giving way to others, then sleep in
-Python. How work is split is the job's own: by thread number (`share`), or by tickets (`claim`), which keeps
-everyone busy when another program takes a processor away. Knows no kernels.
+what `meet` takes. A loose job, in which nobody meets, does not wait for threads that another program keeps from
+starting: when thread 0 has done what there was, the gate closes, and who comes late goes away.
+
+Idle threads watch for work for about a millisecond, giving way to others, then sleep in Python. How work is
+split is the job's own: by thread number (`share`), or by tickets (`claim`), which keeps everyone busy when
+another program takes a processor away. Knows no kernels.
 """
 
 from __future__ import annotations
@@ -18,12 +21,21 @@ from numpy.typing import NDArray
 
 from quantmill.errors import BadRequest
 from quantmill.kernels.cpu.jit import call4, entry, inlined
-from quantmill.kernels.cpu.memory import atomic_add, atomic_load, atomic_store, breathe, field, give_way
+from quantmill.kernels.cpu.memory import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    atomic_swap,
+    breathe,
+    field,
+    give_way,
+)
 
 # The control block: int64 cells, those that different threads write 128 bytes apart.
 _EPOCH, _FUNCTION, _JOB, _STOP = 0, 1, 2, 3
-_DONE, _ARRIVED, _MEETINGS, _PARKED = 16, 32, 48, 64
+_DONE, _ARRIVED, _MEETINGS, _GATE, _PARKED = 16, 32, 48, 64, 80
 _STEP = 16
+_TURN, _CLOSED = 1 << 16, 1 << 15  # the gate: epoch * _TURN + threads inside, + _CLOSED
 _PATIENCE = 20_000  # looks at the epoch before a thread goes to sleep
 _PARTS = 8  # that `claim` makes of things for each thread
 _POLITE = 64  # looks between two offers of the processor to other threads
@@ -67,6 +79,18 @@ def claim(ticket: int, count: int, threads: int) -> tuple[int, int]:
     return min(first, count), min(first + size, count)
 
 
+@inlined
+def _enter(control: int, epoch: int) -> bool:
+    """Whether this thread takes part in the job of that epoch."""
+    gate = atomic_load(control + 8 * _GATE)
+    while gate // _TURN == epoch and not gate & _CLOSED:
+        before = atomic_swap(control + 8 * _GATE, gate, gate + 1)
+        if before == gate:
+            return True
+        gate = before
+    return False
+
+
 @entry
 def _serve(control: int, thread: int, threads: int, seen: int) -> int:
     """Run jobs as thread number `thread`; returns the last epoch seen when it is time to sleep, -1 to end."""
@@ -84,40 +108,46 @@ def _serve(control: int, thread: int, threads: int, seen: int) -> int:
                 if atomic_load(control) == seen:
                     return seen
                 atomic_store(parked, 0)
-        seen += 1
+        seen = atomic_load(control)
         if field(control, _STOP):
             return -1
-        call4(field(control, _FUNCTION), (field(control, _JOB), thread, threads, control))
-        atomic_add(control + 8 * _DONE, 1)
+        if _enter(control, seen):
+            call4(field(control, _FUNCTION), (field(control, _JOB), thread, threads, control))
+            atomic_add(control + 8 * _DONE, 1)
 
 
 @entry
-def _start(control: int, threads: int, function: int, job: int) -> int:
+def _start(control: int, threads: int, function: int, job: int, loose: int) -> int:
     """Publish a job; where nobody sleeps also do it. Returns the number of sleepers: wake them, call
     `_share`."""
     atomic_store(control + 8 * _FUNCTION, function)
     atomic_store(control + 8 * _JOB, job)
     atomic_store(control + 8 * _DONE, 0)
-    atomic_add(control, 1)
+    epoch = atomic_load(control) + 1
+    atomic_store(control + 8 * _GATE, epoch * _TURN)
+    atomic_store(control, epoch)
     sleepers = 0
     for thread in range(1, threads):
         sleepers += atomic_load(control + 8 * (_PARKED + _STEP * thread))
     if sleepers == 0:
-        _work(control, threads, function, job)
+        _work(control, threads, function, job, loose)
     return sleepers
 
 
 @entry
-def _share(control: int, threads: int, function: int, job: int) -> None:
-    _work(control, threads, function, job)
+def _share(control: int, threads: int, function: int, job: int, loose: int) -> None:
+    _work(control, threads, function, job, loose)
 
 
 @inlined
-def _work(control: int, threads: int, function: int, job: int) -> None:
-    """Thread 0's part of a published job, and the wait for the others."""
+def _work(control: int, threads: int, function: int, job: int, loose: int) -> None:
+    """Thread 0's part of a published job, and the wait for the others: all, or those that are inside."""
     call4(function, (job, 0, threads, control))
+    inside = threads - 1
+    if loose:
+        inside = atomic_add(control + 8 * _GATE, _CLOSED) % _CLOSED
     looks = 0
-    while atomic_load(control + 8 * _DONE) < threads - 1:
+    while atomic_load(control + 8 * _DONE) < inside:
         looks += 1
         breathe()
         if looks % _POLITE == 0:
@@ -141,9 +171,12 @@ class Pool:
             threading.Thread(target=_live, args=work, daemon=True, name=f"quantmill-{thread}").start()
         weakref.finalize(self, _stop, self._block, self._wakes)
 
-    def run(self, function: int, job: int) -> None:
-        """Run the C function at an address on all threads, with the address of its job record."""
-        given = (self._control, self.threads, function, job)
+    def run(self, function: int, job: int, *, loose: bool = False) -> None:
+        """Run the C function at an address on all threads, with the address of its job record.
+
+        loose: on those that come before the others have done everything; nobody may `meet`.
+        """
+        given = (self._control, self.threads, function, job, int(loose))
         with self._turn:
             if _start(*given):
                 for thread in range(1, self.threads):
