@@ -19,7 +19,7 @@ from quantmill.quantize import best_step, calibration, pipeline
 from quantmill.quantize.best_step import lane_rows
 from quantmill.quantize.job import BlockFinished, Job
 from quantmill.quantize.presets import Schedule, recipe_of, refuse_unknown
-from quantmill.types import CalibrationSet, QuantConfig
+from quantmill.types import CalibrationSet, QuantConfig, Variant
 from tiny_models import byte_level_tokenizer, tiny_model
 
 
@@ -96,8 +96,8 @@ def test_a_resumed_run_ends_with_the_same_bytes(extra: dict, tmp_path: Path) -> 
 
 
 def test_eight_bits_skip_what_cannot_pay() -> None:
-    assert not recipe_of("best", QuantConfig(bits=8)).two_streams
-    assert recipe_of("best", QuantConfig(bits=4)).two_streams
+    assert not recipe_of("best", Variant("x", QuantConfig(bits=8))).two_streams
+    assert recipe_of("best", Variant("x", QuantConfig(bits=4))).two_streams
 
 
 def test_refusals() -> None:

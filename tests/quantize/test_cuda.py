@@ -9,7 +9,7 @@ import torch
 
 from quantize.test_pipeline import job, run, source
 from quantize.test_solver import problem
-from quantmill.quantize.solver import dequantize, solve
+from quantmill.quantize.solver import factorise, solve
 from quantmill.types import ActOrder, QuantConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
@@ -22,8 +22,8 @@ def test_a_linear_is_solved_as_on_the_cpu(act_order: ActOrder, bits: int, sym: b
     W, H = problem(48, 200)
     here, there = solve(W, H, config), solve(W.cuda(), H.cuda(), config)
     assert there.linear.codes.is_cuda
-    same = dequantize(here.linear) == dequantize(there.linear).cpu()
-    assert same.float().mean() > 0.5  # a tie rounded the other way changes what follows it in a row
+    first = factorise(H, config)[0].order[:16]  # a tie rounded the other way changes what follows in a row
+    assert (here.linear.codes == there.linear.codes.cpu())[:, first].float().mean() > 0.9
     assert there.loss == pytest.approx(here.loss, rel=0.02)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from quantmill.architectures import LinearGroup
 from quantmill.errors import BadCheckpoint
 from quantmill.quantize.moments import Moments
-from quantmill.quantize.presets import Recipe
+from quantmill.quantize.presets import Recipe, module_recipe
 from quantmill.quantize.refine import solve_best
 from quantmill.quantize.solver import Solution, dequantize
 from quantmill.quantize.two_streams import Pair, PairedBlock
@@ -77,7 +77,7 @@ def _solve_group(
     prefix: str,
 ) -> list[Solution]:
     weights = [paired.weight(m) for m in group.modules]
-    W = torch.cat(weights)
+    W, recipe = torch.cat(weights), module_recipe(recipe, config)
     try:
         return solve_best(weights, fit.goal(W), judge.goal(W) if judge else None, config, recipe)
     except BadCheckpoint as e:

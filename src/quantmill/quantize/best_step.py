@@ -66,7 +66,7 @@ class BestStep:
             self.groups,
             self.pairs,
             self.frames,
-            lambda _: self.config,
+            self._config_of,
             self.recipe,
             lambda report: on_event(ModuleSolved(branch, report)),
             self.prefix,
@@ -110,6 +110,9 @@ class BestStep:
             _set_weight(self.block, name, weight)
         return [Pair(a.quantised, o) for a, o in zip(after, originals, strict=True)]
 
+    def _config_of(self, module: str) -> QuantConfig:
+        return self.stream.variant.config_of(self.prefix + module)
+
     def _go_on(self, after: Sequence[Pair]) -> None:
         for i, pair in enumerate(after):
             self.stream.hidden[i], self.original[i] = pair.quantised, pair.original
@@ -118,13 +121,17 @@ class BestStep:
         tensors = {f"{self.prefix}{name}.weight": w.half().cpu() for name, w in norms.items()}
         for module, linear in linears.items():
             bias = dict(self.block.named_parameters()).get(f"{module}.bias")
-            tensors |= _packed(self.prefix + module, linear, self.config, bias)
+            tensors |= _packed(self.prefix + module, linear, self._config_of(module), bias)
         return tensors
 
     def _unpacked(self, kept: SolvedBlock, module: str) -> IntLinear:
         shape = self.block.get_parameter(f"{module}.weight").shape
         return _unpack(
-            kept.tensors, self.prefix + module, self.config, tuple(shape), self.stream.hidden.device
+            kept.tensors,
+            self.prefix + module,
+            self._config_of(module),
+            tuple(shape),
+            self.stream.hidden.device,
         )
 
 
@@ -171,7 +178,8 @@ def finish(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> Non
     linears = {}
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
         shape = tuple(student.get_parameter(f"{name}.weight").shape)
-        linears[name] = _unpack(tensors, name, stream.variant.config, shape, torch.device(job.device))
+        config = stream.variant.config_of(name)
+        linears[name] = _unpack(tensors, name, config, shape, torch.device(job.device))
     for name in [n for n in tensors if n.endswith(".weight")]:
         _set_weight(student, name.removesuffix(".weight"), tensors[name].float().to(job.device))
     held = max(1, round(0.1 * len(rows)))

@@ -1,6 +1,6 @@
 """One block of one variant in one stream: every group solved on what the quantised groups before it hand over.
 
-    lanes -> Hessian -> solve -> pack -> the lanes go on with the dequantised weights
+lanes -> Hessian -> solve -> pack -> the lanes go on with the dequantised weights
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from quantmill.quantize.hessian import Hessian
 from quantmill.quantize.job import ModuleSolved, OnEvent
 from quantmill.quantize.lanes import TappedBlock
 from quantmill.quantize.shell import Shell
-from quantmill.quantize.solver import dequantize, solve_group
+from quantmill.quantize.solver import dequantize
+from quantmill.quantize.spread import solve_spread
 from quantmill.quantize.work import SolvedBlock
-from quantmill.types import IntLinear, ModuleReport, PackedLinear
+from quantmill.types import IntLinear, ModuleReport, PackedLinear, QuantConfig
 
 if TYPE_CHECKING:
     from quantmill.quantize.pipeline import Stream
@@ -58,18 +59,21 @@ class BlockStep:
         return SolvedBlock(self.tensors, tuple(self.reports))
 
     def _solve_group(self, group: LinearGroup, hessian: Hessian) -> list[ModuleReport]:
-        began = time.perf_counter()
+        began, ranks = time.perf_counter(), self.stream.ranks
+        hessian.tokens = ranks.add_up(hessian.sum, hessian.tokens)
         weights = [self.tapped.weight(m) for m in group.modules]
         try:
-            solutions = solve_group(weights, hessian.mean(), self.config)
+            config = self._config_of(group.modules[0])  # a group's linears share a setting
+            solutions = solve_spread(weights, hessian.mean(), config, ranks)
         except BadCheckpoint as e:
             raise BadCheckpoint(f"{self.prefix}{group.modules[0]}: {e}") from e
         for module, solution in zip(group.modules, solutions, strict=True):
             tap = self.tapped.taps[module]
-            bias = None if tap.original.bias is None else tap.original.bias.half()
-            packed = pack(solution.linear, self.config, bias)
-            self.tensors |= {n: t.cpu() for n, t in packed_tensors(self.prefix + module, packed).items()}
             tap.use(dequantize(solution.linear))
+            if ranks.first:
+                bias = None if tap.original.bias is None else tap.original.bias.half()
+                packed = pack(solution.linear, config, bias)
+                self.tensors |= {n: t.cpu() for n, t in packed_tensors(self.prefix + module, packed).items()}
         seconds = (time.perf_counter() - began) / len(solutions)
         new = [
             ModuleReport(self.prefix + m, s.loss, s.damp_percent, hessian.tokens, seconds, s.fallback)
@@ -91,18 +95,22 @@ class BlockStep:
 
     def _packed(self, kept: SolvedBlock, module: str) -> PackedLinear:
         n, k = self.tapped.weight(module).shape
+        config = self._config_of(module)
         part = {
             s: kept.tensors[f"{self.prefix}{module}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx")
         }
         return PackedLinear(
             **part,
             bias=None,
-            bits=self.config.bits,
-            group_size=self.config.group_size,
+            bits=config.bits,
+            group_size=config.group_size,
             in_features=k,
             out_features=n,
-            checkpoint_format=self.config.zero_format,
+            checkpoint_format=config.zero_format,
         )
+
+    def _config_of(self, module: str) -> QuantConfig:
+        return self.stream.variant.config_of(self.prefix + module)
 
 
 def packed_tensors(name: str, packed: PackedLinear) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantmill.quantize.arithmetic import tensor_cores
+
 
 def round_columns_torch(
     target: Tensor, carried: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, max_code: int
@@ -29,3 +31,27 @@ def round_columns_torch(
         codes[:, k] = q.to(torch.uint8)
         errors[:, k] = target[:, k] - s * (q - z)
     return codes, errors
+
+
+# ---- how (N, K) matrices lie: a GPU's rows are rounded side by side, so there columns are contiguous
+
+
+def in_order(x: Tensor, order: Tensor) -> Tensor:
+    """x[:, order] of x (N, K)."""
+    return x.T[order].T if x.is_cuda else x[:, order]
+
+
+def in_place(x: Tensor, order: Tensor) -> Tensor:
+    """Undo `in_order` with a permutation: column order[i] of the result is column i of x."""
+    return in_order(x, torch.argsort(order))
+
+
+def fed_back(errors: Tensor, feedback: Tensor) -> Tensor:
+    """errors (N, i) times feedback (i, b): float32; TF32 on a GPU.
+
+    A feedback is as large as a few errors of rounding; a share of 2^-11 of it is no error to speak of.
+    """
+    if not errors.is_cuda:
+        return errors @ feedback
+    with tensor_cores():
+        return (feedback.T @ errors.T).T

@@ -1,6 +1,5 @@
 """The GPU's twin of `descent.descend_block_torch`: a program takes some rows and runs their pass in registers."""
 
-# mypy: disable-error-code="no-untyped-def, no-any-unimported, misc"
 from __future__ import annotations
 
 import torch

@@ -42,12 +42,12 @@ COMPANIONS = (
     "LICENSE",
 )
 REPORT = "quantize_report.json"
-WEIGHTS = "*.safetensors"
+WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
-    return sum(f.stat().st_size for f in folder.glob(WEIGHTS))
+    return sum(f.stat().st_size for pattern in WEIGHTS for f in folder.glob(pattern))
 
 
 def read_finished(job: Job, variant: Variant, identity: Json) -> Finished | None:
@@ -116,7 +116,7 @@ def _write_configs(folder: Path, checkpoint: Checkpoint, variant: Variant, repor
         "preset": report["preset"],
         "act_order": str(variant.config.act_order),
     }
-    quant = config_to_json(variant.config, meta=meta)
+    quant = config_to_json(variant.config, meta=meta, dynamic=variant.dynamic)
     config = {k: v for k, v in checkpoint.config.items() if k not in ("_name_or_path", "torch_dtype")}
     write_json(folder / "config.json", config | {"dtype": "float16", "quantization_config": quant})
     write_json(folder / "quantize_config.json", quant)
@@ -150,6 +150,7 @@ def build_report(
         "branch": variant.branch,
         "config": dataclasses.asdict(variant.config) | {"checkpoint_format": str(variant.config.zero_format)},
         "preset": job.preset,
+        **({"dynamic": {m: c.bits for m, c in variant.dynamic}} if variant.dynamic else {}),
         "calibration": {
             "dataset": calibration.name,
             "samples": rows,

@@ -3,7 +3,6 @@
 Same search as `grids_numba`, candidate for candidate; only sums run in another order.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-any-unimported, misc"
 from __future__ import annotations
 
 import torch

@@ -111,11 +111,13 @@ class TappedBlock:
         else:
             self._run_again(hidden, frames, at_group, keep)
 
-    def _run_waiting(self, hidden: Sequence[Tensor], frames: Sequence[Frame], at_group: AtGroup, keep: Keep) -> None:
+    def _run_waiting(
+        self, hidden: Sequence[Tensor], frames: Sequence[Frame], at_group: AtGroup, keep: Keep
+    ) -> None:
         lanes = [greenlet(self._lane(frame)) for frame in frames]
         answers = [lane.switch(h) for lane, h in zip(lanes, hidden, strict=True)]
         for group in self.groups:
-            at_group(group, _collect(group, answers))
+            at_group(group, self._collect(group, answers))
             self.gate.passed.add(group.name)
             answers.clear()  # or every lane's last input would be kept until all lanes have moved on
             if group is not self.groups[-1]:
@@ -123,9 +125,11 @@ class TappedBlock:
         while lanes:
             keep(len(frames) - len(lanes), lanes.pop(0).switch())
 
-    def _run_again(self, hidden: Sequence[Tensor], frames: Sequence[Frame], at_group: AtGroup, keep: Keep) -> None:
+    def _run_again(
+        self, hidden: Sequence[Tensor], frames: Sequence[Frame], at_group: AtGroup, keep: Keep
+    ) -> None:
         for group in self.groups:
-            at_group(group, _collect(group, self._arrivals(hidden, frames)))
+            at_group(group, self._collect(group, self._arrivals(hidden, frames)))
             self.gate.passed.add(group.name)
         self.forward(hidden, frames, keep)
 
@@ -135,7 +139,19 @@ class TappedBlock:
         for i, frame in enumerate(frames):
             keep(i, self._lane(frame)(hidden[i]))
 
-    def _arrivals(self, hidden: Sequence[Tensor], frames: Sequence[Frame]) -> Iterator[tuple[LinearGroup, Tensor]]:
+    def _collect(self, group: LinearGroup, answers: Iterable[tuple[LinearGroup, Tensor]]) -> Hessian:
+        """The Hessian over all lanes' inputs."""
+        weight = self.taps[group.modules[0]].original.weight
+        hessian = Hessian(weight.shape[1], weight.device)
+        for arrived, x in answers:
+            if arrived.name != group.name:
+                raise RuntimeError(f"the block runs {arrived.name} where the table says {group.name}")
+            hessian.add(x)
+        return hessian
+
+    def _arrivals(
+        self, hidden: Sequence[Tensor], frames: Sequence[Frame]
+    ) -> Iterator[tuple[LinearGroup, Tensor]]:
         """What each batch brings to the next group, one at a time."""
         for i, frame in enumerate(frames):
             lane = greenlet(self._lane(frame))
@@ -149,18 +165,6 @@ class TappedBlock:
             return first
 
         return forward
-
-
-def _collect(group: LinearGroup, answers: Iterable[tuple[LinearGroup, Tensor]]) -> Hessian:
-    """The Hessian over all lanes' inputs."""
-    hessian: Hessian | None = None
-    for arrived, x in answers:
-        if arrived.name != group.name:
-            raise RuntimeError(f"the block runs {arrived.name} where the table says {group.name}")
-        hessian = hessian or Hessian(x.shape[-1], x.device)
-        hessian.add(x)
-    assert hessian is not None, "there are batches"
-    return hessian
 
 
 def _set(block: nn.Module, path: str, module: nn.Module) -> None:

@@ -60,4 +60,3 @@ def _cuda() -> Machine:
     from quantmill.quantize.grids_triton import fit_groups
 
     return Machine("triton", round_columns_triton, fit_groups, descend_block_triton, fused_refit=True)
-

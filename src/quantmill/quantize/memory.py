@@ -45,6 +45,7 @@ class Load:
     groups: tuple[tuple[int, int], ...]  # (N, K) of the linears that are solved as one
     tokens: tuple[int, ...]  # per variant
     lane_tokens: int
+    two_streams: bool = False  # preset best: the original's activations beside the quantised model's
 
     @property
     def weights(self) -> int:
@@ -56,7 +57,14 @@ class Load:
         return max(k for _, k in self.groups)
 
 
-def load_of(config: Json, variants: Sequence[Variant], samples: int, seqlen: int, device: str) -> Load:
+def load_of(
+    config: Json,
+    variants: Sequence[Variant],
+    samples: int,
+    seqlen: int,
+    device: str,
+    two_streams: bool = False,
+) -> Load:
     """The sizes of a run. Raises UnsupportedModel or BadCheckpoint for a bad config."""
     dims, shapes = dimensions(config), linear_shapes(config)
     groups = tuple(
@@ -64,7 +72,7 @@ def load_of(config: Json, variants: Sequence[Variant], samples: int, seqlen: int
         for group in architecture_of(config).groups
     )
     tokens = tuple(max(1, round(samples * rows_share(v.config))) * seqlen for v in variants)
-    return Load(dims.hidden, dims.intermediate, groups, tokens, lane_tokens(device, seqlen))
+    return Load(dims.hidden, dims.intermediate, groups, tokens, lane_tokens(device, seqlen), two_streams)
 
 
 def lane_tokens(device: str, seqlen: int) -> int:
@@ -74,11 +82,15 @@ def lane_tokens(device: str, seqlen: int) -> int:
 
 def gpu_bytes(load: Load, residence: Residence) -> int:
     """GPU memory at the worst moment, the driver's part included."""
-    states = 0 if residence.on_host else 2 * sum(load.tokens) * load.hidden
+    streams = 1 + load.two_streams
+    states = 0 if residence.on_host else 2 * sum(load.tokens) * load.hidden * streams
     block = 4 * load.weights  # as stored, and what taps multiply with
     lane = load.lane_tokens * (16 * load.hidden + 12 * load.intermediate)
     waiting = max(load.tokens) * (8 * load.hidden + 6 * load.widest) if residence.waiting else 0
-    solving = max(30 * k * k + 24 * n * k for n, k in load.groups)
+    if load.two_streams:  # a residual more in each, and a block's inputs and outputs as they are
+        waiting = 2 * waiting + max(load.tokens) * 24 * load.hidden
+    matrices, stacks = (56, 36) if load.two_streams else (30, 24)  # bytes per element of K x K and of N x K
+    solving = max(matrices * k * k + stacks * n * k for n, k in load.groups)
     return GPU_BASE + states + block + waiting + max(lane, solving)
 
 
@@ -90,18 +102,22 @@ def host_bytes(load: Load, residence: Residence) -> int:
 
 def cpu_bytes(load: Load, residence: Residence) -> int:
     """Host memory at the worst moment of a run on the CPU."""
-    states = 4 * sum(load.tokens) * load.hidden
+    streams = 1 + load.two_streams
+    states = 4 * sum(load.tokens) * load.hidden * streams
     held = max(load.tokens) if residence.waiting else load.lane_tokens
-    lanes = 2 * 4 * held * (3 * load.hidden + load.widest)  # twice: the allocator keeps as much again
-    return CPU_BASE + states + 6 * load.weights + lanes + 40 * load.widest**2
+    lanes = (
+        2 * 4 * held * (3 * load.hidden + load.widest) * streams
+    )  # twice: the allocator keeps as much again
+    return CPU_BASE + states + 6 * load.weights + lanes + 40 * load.widest**2 * streams
 
 
 def choose(load: Load, device: str, *, vram: int | None, ram: int | None) -> Residence:
     """The fastest way to run within `vram` and `ram` bytes. Raises BadRequest naming what the least would take."""
+    ways = RESIDENCES[:1] if load.two_streams else RESIDENCES[:2] if device == "cpu" else RESIDENCES
     if device == "cpu":
-        need = [(r, 0, cpu_bytes(load, r)) for r in RESIDENCES[:2]]
+        need = [(r, 0, cpu_bytes(load, r)) for r in ways]
     else:
-        need = [(r, gpu_bytes(load, r), host_bytes(load, r)) for r in RESIDENCES]
+        need = [(r, gpu_bytes(load, r), host_bytes(load, r)) for r in ways]
     for residence, on_gpu, on_host in need:
         if (vram is None or on_gpu <= vram) and (ram is None or on_host <= ram):
             return residence
@@ -113,7 +129,7 @@ def _too_little(need: list[tuple[Residence, int, int]], vram: int | None, ram: i
         f"{on_gpu / 1e9:.1f} GB of GPU and {on_host / 1e9:.1f} GB of host memory"
         if on_gpu
         else f"{on_host / 1e9:.1f} GB"
-        for _, on_gpu, on_host in need[1:]
+        for _, on_gpu, on_host in need[-2:]
     )
     limits = ", ".join(f"{v / 1e9:.1f} GB {n}" for v, n in ((vram, "--max-vram"), (ram, "--max-ram")) if v)
     return f"this run needs {ways}; there is {limits}: use fewer --samples or variants, or raise the limits"

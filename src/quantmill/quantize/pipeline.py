@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import psutil
@@ -23,12 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.checkpoint import Checkpoint, open_checkpoint
+from quantmill.errors import BadRequest
 from quantmill.quantize.best_step import BestStep, finish, lane_rows
 from quantmill.quantize.block_step import BlockStep
-from quantmill.quantize.folder import build_report, read_finished, write_variant
+from quantmill.quantize.containers import container_of
+from quantmill.quantize.folder import build_report, read_finished
 from quantmill.quantize.job import BlockFinished, Finished, Job, OnEvent, RunStarted, rows_share
 from quantmill.quantize.memory import GPU_BASE, Residence, choose, lane_tokens, load_of
 from quantmill.quantize.presets import recipe_of
+from quantmill.quantize.ranks import Ranks, join, leave
 from quantmill.quantize.shell import Shell
 from quantmill.quantize.states import States
 from quantmill.quantize.work import SolvedBlock, WorkFolder
@@ -45,59 +48,91 @@ class Stream:
     residence: Residence
     reports: list[ModuleReport]
     seconds: float = 0.0
+    ranks: Ranks = field(default_factory=Ranks)
+    kept: int = 0  # blocks that an earlier run finished
+    rows: int = 0  # of tokens, on all ranks
     unsaved: tuple[int, Future[None]] | None = None  # the block that is being written
     original: States | None = None  # the original's, where a recipe compares both
 
 
 def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
-    """Make every variant of the job; one whose folder is complete is left alone when resuming."""
+    """Make every variant of the job; one whose folder is complete is left alone when resuming.
+
+    Started by torchrun, all ranks make them together; events come to rank 0 alone. Raises UserErrors.
+    """
+    ranks = join(job.device)
+    tell = on_event if ranks.first else lambda _: None
     checkpoint = open_checkpoint(job.source)
     shell = Shell(checkpoint, torch.device(job.device))
     finished = {v.branch: read_finished(job, v, _identity(job, v, checkpoint)) for v in job.variants}
     to_do = [v for v in job.variants if finished[v.branch] is None]
+    _refuse_unspread(job, to_do, ranks)
     residence = _residence(job, to_do or job.variants, checkpoint)
-    streams = [_open_stream(job, v, shell, residence) for v in to_do]
-    on_event(
-        RunStarted(len(shell), len(shell.architecture.modules), tuple(s.variant.branch for s in streams))
-    )
+    streams = [_open_stream(job, v, shell, residence, ranks) for v in to_do]
+    tell(RunStarted(len(shell), len(shell.architecture.modules), tuple(s.variant.branch for s in streams)))
     with torch.no_grad(), ThreadPoolExecutor(1) as writer:  # block tuning turns gradients on for itself
         for index in range(len(shell)) if streams else ():
-            _quantize_block(job, shell, index, streams, writer, on_event)
+            _quantize_block(job, shell, index, streams, writer, tell)
         for stream in streams:
-            _settle(stream, on_event)
+            _settle(stream, tell)
             stream.hidden.release()
-    for stream in streams:
+    for stream in streams if ranks.first else ():
         finish(job, checkpoint, stream, len(shell))
         done = _write(job, checkpoint, stream, len(shell))
-        on_event(done)
+        tell(done)
         finished[done.branch] = done
-    return [done for done in finished.values() if done is not None]
+    made: list[Finished] = ranks.agreed([done for done in finished.values() if done is not None])
+    leave(ranks)
+    return made
+
+
+def _refuse_unspread(job: Job, variants: Sequence[Variant], ranks: Ranks) -> None:
+    """What several ranks cannot do together, or were not given alike."""
+    if ranks.size == 1:
+        return
+    ranks.refuse_unless_alike(
+        f"{job.calibration.fingerprint} {job.preset} {job.variants}", "tokens or settings"
+    )
+    for v in variants:
+        if container_of(v).step is not None or recipe_of(job.preset, v).two_streams:
+            raise BadRequest(
+                f"{v.branch}: several processes make GPTQ folders with --preset fast: start one alone"
+            )
 
 
 def _residence(job: Job, variants: Sequence[Variant], checkpoint: Checkpoint) -> Residence:
     """Within the limits asked for; without any, within what the GPU has free (and is then held to)."""
-    vram = job.max_vram
-    if job.device != "cpu":
-        free, total = torch.cuda.mem_get_info()
+    device, vram = torch.device(job.device), job.max_vram
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
         vram = min(free, vram or free)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, vram - GPU_BASE / 2) / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, vram - GPU_BASE / 2) / total), device)
     samples, seqlen = job.calibration.blocks.shape
-    load = load_of(checkpoint.config, variants, samples, seqlen, job.device)
-    return choose(load, job.device, vram=vram, ram=job.max_ram)
+    two = any(recipe_of(job.preset, v).two_streams for v in variants if container_of(v).step is None)
+    load = load_of(checkpoint.config, variants, samples, seqlen, device.type, two)
+    return choose(load, device.type, vram=vram, ram=job.max_ram)
 
 
-def _open_stream(job: Job, variant: Variant, shell: Shell, residence: Residence) -> Stream:
+def _open_stream(job: Job, variant: Variant, shell: Shell, residence: Residence, ranks: Ranks) -> Stream:
     identity = _identity(job, variant, shell.checkpoint)
-    work = WorkFolder(job.out, variant.branch, identity, job.resume)
+    if ranks.first:
+        work = WorkFolder(job.out, variant.branch, identity, job.resume)
+    kept = ranks.agreed(work.finished() if ranks.first else 0)
+    if not ranks.first:
+        work = WorkFolder(job.out, variant.branch, identity, resume=True)
     rows = calibration_rows(job.calibration.blocks, variant.config)
     per_lane = lane_tokens(shell.device.type, rows.shape[1]) // rows.shape[1]
-    two = recipe_of(job.preset, variant.config).two_streams
-    lanes = torch.split(rows, lane_rows(len(rows), per_lane) if two else per_lane)
+    two = container_of(variant).step is None and recipe_of(job.preset, variant).two_streams
+    per_lane = lane_rows(len(rows), per_lane) if two else min(per_lane, -(-len(rows) // ranks.size))
+    lanes = ranks.mine(torch.split(rows, per_lane))
 
     def states() -> States:
         return States((shell.embed(ids) for ids in lanes), shell.device, on_host=residence.on_host)
 
-    return Stream(variant, work, states(), residence, [], original=states() if two else None)
+    original = states() if two else None
+    return Stream(
+        variant, work, states(), residence, [], ranks=ranks, kept=kept, rows=len(rows), original=original
+    )
 
 
 def calibration_rows(blocks: Tensor, config: QuantConfig) -> Tensor:
@@ -112,13 +147,14 @@ def _quantize_block(
     block = shell.load_block(index)
     prefix = f"{shell.architecture.blocks_prefix}.{index}."
     for stream in streams:
-        began, kept = time.perf_counter(), stream.work.read(index)
+        began = time.perf_counter()
+        kept = stream.work.read(index) if index < stream.kept else None
         step = _step(job, shell, block, prefix, stream, index)
         solved = step.replay(kept) if kept else step.solve(on_event)
         stream.reports.extend(solved.reports)
         if kept:
             on_event(BlockFinished(stream.variant.branch, index, resumed=True))
-        else:
+        elif stream.ranks.first:
             _settle(stream, on_event)
             stream.unsaved = (index, writer.submit(stream.work.write, index, solved))
             if shell.device.type == "cpu":  # nothing to overlap with
@@ -137,8 +173,10 @@ def _settle(stream: Stream, on_event: OnEvent) -> None:
 
 
 def _step(job: Job, shell: Shell, block: nn.Module, prefix: str, stream: Stream, index: int) -> Step:
-    """What solves a block of this variant: by the recipe of its preset."""
-    recipe = recipe_of(job.preset, stream.variant.config)
+    """What solves a block of this variant: its container's step, else by the recipe of its preset."""
+    if (own := container_of(stream.variant).step) is not None:
+        return own(shell, block, prefix, stream, index)
+    recipe = recipe_of(job.preset, stream.variant)
     if not recipe.two_streams:
         return BlockStep(shell, block, prefix, stream, index)
     frames = [shell.frames_for(shape, index) for shape in stream.hidden.shapes]
@@ -160,6 +198,8 @@ def _identity(job: Job, variant: Variant, checkpoint: Checkpoint) -> Json:
         "config": dataclasses.asdict(variant.config),
         "preset": job.preset,
         "device": job.device,
+        **({"container": variant.container} if variant.container != "gptq" else {}),
+        **({"dynamic": [[m, dataclasses.asdict(c)] for m, c in variant.dynamic]} if variant.dynamic else {}),
         **({"tune_blocks": True} if job.tune_blocks else {}),
         **({"distill": True} if job.distill else {}),
     }
@@ -192,12 +232,12 @@ def _write(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> Fin
         job,
         stream.variant,
         stream.reports,
-        rows=stream.hidden.rows,
+        rows=stream.rows,
         identity=_identity(job, stream.variant, checkpoint),
         seconds=stream.seconds,
         peak_ram_bytes=peak_ram_bytes(),
     )
-    done = write_variant(job, stream.variant, checkpoint, solved(), report)
+    done = container_of(stream.variant).write(job, stream.variant, checkpoint, solved(), report)
     stream.work.remove()
     return done
 

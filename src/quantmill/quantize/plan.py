@@ -1,7 +1,7 @@
 """What a run will need and make, before it starts. Works from `config.json` alone.
 
-Sizes are those of the tensors in the file. Memory adds up what the pipeline holds at its worst moment. Time
-is operations over a matmul rate measured here in a fraction of a second.
+Sizes are those of the tensors in the file; memory is `memory`'s. Time is operations over a matmul rate
+measured here in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import numpy as np
 from quantmill.architectures import Dimensions, LinearShape, architecture_of, dimensions, linear_shapes
 from quantmill.formats.gptq import packed_bytes
 from quantmill.quantize.job import rows_share
+from quantmill.quantize.memory import choose, cpu_bytes, gpu_bytes, load_of
 from quantmill.types import Json, QuantConfig, Variant
 
-BASE_RAM = 900 << 20  # Python, torch, Transformers, numba, their buffers, the calibration text
-SHARD = 4 << 30  # weights are written a shard at a time
 HEADER = 96  # bytes a tensor costs in a safetensors header, about
 
 
@@ -51,10 +50,24 @@ class VariantPlan:
 
 
 def plan(
-    config: Json, variants: Sequence[Variant], *, samples: int, seqlen: int, flops_per_second: float
+    config: Json,
+    variants: Sequence[Variant],
+    *,
+    samples: int,
+    seqlen: int,
+    flops_per_second: float,
+    max_vram: int | None = None,
+    max_ram: int | None = None,
 ) -> list[VariantPlan]:
-    """Predictions for every variant of one run. Raises UnsupportedModel or BadCheckpoint for a bad config."""
+    """Predictions for every variant of one run. Raises UnsupportedModel or BadCheckpoint for a bad config.
+
+    Memory is that of the whole run, in the fastest way that fits the limits; BadRequest if none does.
+    """
     dims, shapes = dimensions(config), linear_shapes(config)
+    on_gpu = load_of(config, variants, samples, seqlen, "cuda")
+    on_cpu = load_of(config, variants, samples, seqlen, "cpu")
+    vram = gpu_bytes(on_gpu, choose(on_gpu, "cuda", vram=max_vram, ram=max_ram))
+    ram = cpu_bytes(on_cpu, choose(on_cpu, "cpu", vram=None, ram=None))
     out = []
     for v in variants:
         tokens = round(samples * rows_share(v.config)) * seqlen
@@ -64,8 +77,8 @@ def plan(
                 config=v.config,
                 size_bytes=size_bytes(config, v.config),
                 bits_per_weight=bits_per_weight(config, v.config),
-                peak_vram_bytes=working_bytes(dims, shapes, tokens, len(variants)),
-                peak_ram_bytes=BASE_RAM + working_bytes(dims, shapes, tokens, len(variants)),
+                peak_vram_bytes=vram,
+                peak_ram_bytes=ram,
                 seconds=operations(dims, shapes, tokens, seqlen) / flops_per_second,
             )
         )
@@ -90,15 +103,6 @@ def bits_per_weight(config: Json, quant: QuantConfig) -> float:
         for s in shapes
     )
     return bits / sum(s.out_features * s.in_features for s in shapes)
-
-
-def working_bytes(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int, variants: int) -> int:
-    """The worst moment: every variant's hidden states, a block, one variant's waiting lanes, the widest Hessian."""
-    streams = 4 * tokens * dims.hidden * variants
-    block = 6 * sum(s.in_features * s.out_features for s in shapes.values())
-    widest = max(s.in_features for s in shapes.values())
-    lanes = 2 * 4 * tokens * (3 * dims.hidden + widest)  # twice: the allocator keeps as much again
-    return streams + block + lanes + 40 * widest * widest
 
 
 def operations(dims: Dimensions, shapes: dict[str, LinearShape], tokens: int, seqlen: int) -> float:

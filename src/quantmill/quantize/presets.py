@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantmill.errors import BadRequest
-from quantmill.types import QuantConfig
+from quantmill.types import QuantConfig, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,15 @@ BEST = Recipe(
 PRESETS = {recipe.name: recipe for recipe in (FAST, BEST)}
 
 
-def recipe_of(preset: str, config: QuantConfig) -> Recipe:
+def recipe_of(preset: str, variant: Variant) -> Recipe:
     """The recipe of a preset for a variant: at 8 bits nothing beyond `fast` can be told from noise."""
-    return FAST if config.bits == 8 else PRESETS[preset]
+    lowest = min(c.bits for c in (variant.config, *(c for _, c in variant.dynamic)))
+    return FAST if lowest == 8 else PRESETS[preset]
+
+
+def module_recipe(recipe: Recipe, config: QuantConfig) -> Recipe:
+    """The recipe of a module in a mixed variant: at 8 bits only what costs nothing."""
+    return replace(recipe, damps=(), orders=("static",), rounds=0) if config.bits == 8 else recipe
 
 
 def refuse_unknown(preset: str, trained: bool) -> None:

@@ -9,7 +9,7 @@ functions of tensors: knows no models, no files, no device in particular.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,12 +58,7 @@ def solve_best(
     W, rows = torch.cat(list(weights)), [len(w) for w in weights]
     refuse_non_finite(W, fit.H)
     judge = held or fit
-    attempts = [
-        attempt
-        for damp in recipe.damps or (config.damp_percent,)
-        for attempt in _attempts(W, rows, fit, judge, replace(config, damp_percent=damp), recipe)
-    ]
-    best = min(attempts, key=lambda a: float(a.loss.sum()))
+    best = min(_attempts(W, rows, fit, judge, config, recipe), key=lambda a: float(a.loss.sum()))
     if recipe.pooled and held is not None:
         best = _again(W, rows, pooled(fit, held), best, config)
     linear, steps = polish(best, rows, judge, config, recipe.rounds)
@@ -72,17 +67,18 @@ def solve_best(
 
 def _attempts(
     W: Tensor, rows: list[int], fit: Goal, judge: Goal, config: QuantConfig, recipe: Recipe
-) -> list[Attempt]:
-    step: Tensor | None = None
-    shifts: tuple[float, ...] = ()
-    found = []
-    for order in usable_orders(recipe.orders, config, W.shape[1]):
-        factor, fallback = factorise(fit.H, config, _column_order(order, fit.H, config))
-        if step is None:
-            step = shift_step(W, fit, factor.damped)
-            shifts = choose_shifts(W, step, rows, judge, recipe.shifts)
-        found.append(_round(W, rows, step, shifts, factor, order, fallback, config, judge))
-    return found
+) -> Iterator[Attempt]:
+    """One after the other, so that no more than two are held at a time."""
+    for damp in recipe.damps or (config.damp_percent,):
+        tried = replace(config, damp_percent=damp)
+        step: Tensor | None = None
+        shifts: tuple[float, ...] = ()
+        for order in usable_orders(recipe.orders, tried, W.shape[1]):
+            factor, fallback = factorise(fit.H, tried, _column_order(order, fit.H, tried))
+            if step is None:
+                step = shift_step(W, fit, factor.damped)
+                shifts = choose_shifts(W, step, rows, judge, recipe.shifts)
+            yield _round(W, rows, step, shifts, factor, order, fallback, tried, judge)
 
 
 def usable_orders(orders: Sequence[str], config: QuantConfig, in_features: int) -> tuple[str, ...]:

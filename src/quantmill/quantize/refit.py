@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from quantmill.quantize.arithmetic import precise_product
 from quantmill.quantize.machines import machine_of
 from quantmill.types import IntLinear
 
 CHUNK = 1 << 27  # elements of M at a time: the numbers of a few thousand rows
-ROUNDS = 32  # of conjugate gradients: float32 has converged by then
 
 
 def refit(W: Tensor, H: Tensor, linear: IntLinear, ridge: float = 1e-3) -> IntLinear:
@@ -104,7 +104,7 @@ def _refit_fused(
     codes[:, place] = (linear.codes[:, by_group].to(torch.int16) - linear.zeros[:, g[by_group]]).bfloat16()
     parts = split(_spread_out(H, by_group, place, groups * width))
     pull = torch.zeros(len(W), groups * width, device=W.device)
-    pull[:, place] = (W @ H)[:, by_group]
+    pull[:, place] = precise_product(W, H)[:, by_group]
     r = (pull.mul_(codes)).view(len(W), groups, width).sum(2)
     scales = torch.empty_like(old)
     for now in torch.split(torch.arange(len(W), device=W.device), max(128, CHUNK // groups**2)):
@@ -129,31 +129,16 @@ def _spread_out(H: Tensor, by_group: Tensor, place: Tensor, padded: int) -> Tens
 
 
 def best_scales_fast(M: Tensor, r: Tensor, old: Tensor, ridge: float) -> Tensor:
-    """`_best_scales` in float32 by conjugate gradients from the old scales; M (n, groups, groups) float32."""
+    """`_best_scales` in float32, M (n, groups, groups): finer than the float16 that scales are rounded to."""
     rho = ridge * M.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
-    new = _storable(conjugate_gradients(M, rho, r + rho * old, old), old)
+    damped = M.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(rho)
+    L, failed = torch.linalg.cholesky_ex(damped)
+    exact = torch.cholesky_solve((r + rho * old)[:, :, None], L)[:, :, 0]
+    new = _storable(torch.where(failed[:, None] == 0, exact, old), old)
     step = new - old
     gain = (step * (2 * (r - _times(M, old)) - _times(M, step))).sum(1)  # without cancellation
     return torch.where(gain[:, None] > 0, new, old)
-
-
-def conjugate_gradients(M: Tensor, rho: Tensor, b: Tensor, start: Tensor) -> Tensor:
-    """x with (M + rho I) x = b for every row, (n, groups); preconditioned by the diagonal."""
-    diagonal = M.diagonal(dim1=1, dim2=2) + rho
-    x = start.clone()
-    rest = b - _times(M, x) - rho * x
-    direction = rest / diagonal
-    size = (rest * direction).sum(1, keepdim=True)
-    for _ in range(min(ROUNDS, 2 * M.shape[1])):
-        moved = _times(M, direction) + rho * direction
-        length = size / (direction * moved).sum(1, keepdim=True).clamp_min(1e-38)
-        x += length * direction
-        rest -= length * moved
-        towards = rest / diagonal
-        next_size = (rest * towards).sum(1, keepdim=True)
-        direction = towards + next_size / size.clamp_min(1e-38) * direction
-        size = next_size
-    return x
 
 
 def _times(M: Tensor, x: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""The GPU's twin of `solver._group_products`: B^T H B of every row, on tensor cores, nothing of size (N, K) in between.
+"""The GPU's twin of `refit.group_products`: B^T H B of every row on tensor cores, nothing large in between.
 
 Codes are small integers, exact in bfloat16; H is taken as the sum of three bfloat16 matrices, which hold 24
 bits of it. So products are exact and sums are float32: no worse than a float32 GEMM.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-any-unimported, misc"
 from __future__ import annotations
 
 import torch
@@ -22,24 +21,28 @@ WIDEST = 128  # wider groups are few: there GEMMs over whole groups serve
 @triton.jit
 def group_products_kernel(
     codes, parts, products, rows, groups, padded, part_stride,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     j = groups - 1 - tl.program_id(0)  # the longest first
     n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, WIDTH)
+    k, deep = tl.arange(0, WIDTH), tl.arange(0, DEEP)
     row_here = n < rows
     line = n.to(tl.int64) * padded
     mine = tl.load(codes + line[:, None] + (j * WIDTH + k)[None, :], row_here[:, None], 0.0).to(tl.float32)
-    for i in range(j + 1):
-        q = tl.load(codes + line[:, None] + (i * WIDTH + k)[None, :], row_here[:, None], 0.0)
-        at = parts + (i * WIDTH + k).to(tl.int64)[:, None] * padded + (j * WIDTH + k)[None, :]
-        p = tl.zeros((ROWS, WIDTH), tl.float32)
+    place = products + n.to(tl.int64) * groups * groups
+    p = tl.zeros((ROWS, WIDTH), tl.float32)
+    for step in range((j + 1) * (WIDTH // DEEP)):  # DEEP columns of group i at a time
+        at = step * DEEP + deep
+        q = tl.load(codes + line[:, None] + at[None, :], row_here[:, None], 0.0)
+        here = parts + at.to(tl.int64)[:, None] * padded + (j * WIDTH + k)[None, :]
         for part in tl.static_range(PARTS):
-            p = tl.dot(q.to(KIND), tl.load(at + part * part_stride).to(KIND), p)
-        m = tl.sum(p * mine, 1)
-        place = products + n.to(tl.int64) * groups * groups
-        tl.store(place + i * groups + j, m, row_here)
-        tl.store(place + j * groups + i, m, row_here)
+            p = tl.dot(q.to(KIND), tl.load(here + part * part_stride).to(KIND), p)
+        if (step + 1) % (WIDTH // DEEP) == 0:
+            i = step // (WIDTH // DEEP)
+            m = tl.sum(p * mine, 1)
+            tl.store(place + i * groups + j, m, row_here)
+            tl.store(place + j * groups + i, m, row_here)
+            p = tl.zeros((ROWS, WIDTH), tl.float32)
 
 
 def split(H: Tensor) -> Tensor:
@@ -63,6 +66,7 @@ def group_products(parts: Tensor, codes: Tensor, width: int) -> Tensor:
     products = torch.empty(rows, groups, groups, device=codes.device)
     group_products_kernel[(groups, triton.cdiv(rows, ROWS))](
         codes, parts, products, rows, groups, padded, parts.stride(0),
-        ROWS=ROWS, WIDTH=width, PARTS=PARTS, KIND=KIND, num_warps=8 if width > 64 else 4, num_stages=3,
+        ROWS=ROWS, WIDTH=width, DEEP=min(width, 64), PARTS=PARTS, KIND=KIND,
+        num_warps=8 if width > 64 else 4, num_stages=3,
     )  # fmt: skip
     return products

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantmill.errors import BadCheckpoint
 from quantmill.quantize.arithmetic import tensor_cores
+from quantmill.quantize.columns import fed_back, in_order, in_place
 from quantmill.quantize.grids import ASYM, ASYM_V1, SYM, Grid, shrink_factors
 from quantmill.quantize.machines import RoundColumns, machine_of
 from quantmill.quantize.refit import refit
@@ -64,13 +65,19 @@ def solve_group(weights: Sequence[Tensor], H: Tensor, config: QuantConfig) -> li
     """
     W = torch.cat(list(weights))
     refuse_non_finite(W, H)
+    linear, damp_percent, fallback = solve_rows(W, H, config)
+    parts = split_rows(linear, [len(w) for w in weights])
+    losses = [relative_loss(w, dequantize(part), H) for w, part in zip(weights, parts, strict=True)]
+    return [Solution(p, loss, damp_percent, fallback) for p, loss in zip(parts, losses, strict=True)]
+
+
+def solve_rows(W: Tensor, H: Tensor, config: QuantConfig) -> tuple[IntLinear, float, str | None]:
+    """Any rows of a group: the solved linear, the damping it took and why it is not what was asked for."""
     factor, fallback = factorise(H, config)
     linear = round_to_grid(W, factor, config)
     if config.bits <= REFIT_GAIN_UP_TO_BITS:
         linear = refit(W, factor.damped, linear)
-    parts = split_rows(linear, [len(w) for w in weights])
-    losses = [relative_loss(w, dequantize(part), H) for w, part in zip(weights, parts, strict=True)]
-    return [Solution(p, loss, factor.damp_percent, fallback) for p, loss in zip(parts, losses, strict=True)]
+    return linear, factor.damp_percent, fallback
 
 
 def split_rows(linear: IntLinear, rows: list[int]) -> list[IntLinear]:
@@ -87,10 +94,15 @@ def dequantize(linear: IntLinear) -> Tensor:
 
 def relative_loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
     """tr((W-Q) H (W-Q)^T) / tr(W H W^T): the share of the output's energy that is error."""
+    wrong, whole = energies(W, Q, H).sum(0).tolist()
+    return wrong / whole if whole > 0 else 0.0
+
+
+def energies(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
+    """Per row the output's energy that is error, and all of it: diag((W-Q) H (W-Q)^T), diag(W H W^T); (N, 2)."""
     E = W - Q
     with tensor_cores():
-        wrong, whole = ((E @ H) * E).sum(dtype=torch.float64), ((W @ H) * W).sum(dtype=torch.float64)
-    return float(wrong / whole) if whole > 0 else 0.0
+        return torch.stack([((x @ H) * x).sum(1, dtype=torch.float64) for x in (E, W)], 1)
 
 
 def refuse_non_finite(W: Tensor, H: Tensor) -> None:
@@ -212,24 +224,25 @@ def _round_static(
 ) -> Tensor:
     """Codes (N, K) uint8 in original order, all grids known."""
     order, A, rounder = factor.order, factor.feedback, machine_of(W.device).round_columns
-    T, group = W[:, order], g_idx[order]
-    E, codes = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.uint8, device=T.device)
+    T, group = in_order(W, order), g_idx[order]
+    E, codes = torch.zeros_like(T), torch.empty_like(T, dtype=torch.uint8)
     for i in range(0, T.shape[1], BLOCK):
         now = slice(i, min(i + BLOCK, T.shape[1]))
-        carried, s, z = E[:, :i] @ A[:i, now], scales[:, group[now]], zeros[:, group[now]]
+        carried = fed_back(E[:, :i], A[:i, now])
+        s, z = in_order(scales, group[now]), in_order(zeros, group[now])
         codes[:, now], E[:, now] = rounder(T[:, now], carried, A[now, now], s, z, config.max_code)
-    return _unpermute(codes, order)
+    return in_place(codes, order)
 
 
 def _round_dynamic(W: Tensor, factor: Factor, config: QuantConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Codes in original order, and grids, each fitted on its group as compensated for all earlier errors."""
     order, A, rounder = factor.order, factor.feedback, machine_of(W.device).round_columns
-    T, size = W[:, order], config.effective_group(W.shape[1])
-    E, codes = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.uint8, device=T.device)
+    T, size = in_order(W, order), config.effective_group(W.shape[1])
+    E, codes = torch.zeros_like(T), torch.empty_like(T, dtype=torch.uint8)
     grids = []
     for i in range(0, T.shape[1], size):
         now = slice(i, min(i + size, T.shape[1]))
-        carried = E[:, :i] @ A[:i, now]
+        carried = fed_back(E[:, :i], A[:i, now])
         compensated = T[:, now] + _spread(carried, A[now, now])
         s, z = fit_grids(compensated, factor.cost[now].contiguous(), config)
         grids.append((s, z))
@@ -238,17 +251,17 @@ def _round_dynamic(W: Tensor, factor: Factor, config: QuantConfig) -> tuple[Tens
             T[:, now], carried, A[now, now], *wide, config.max_code, rounder
         )
     scales, zeros = (torch.cat(parts, 1) for parts in zip(*grids, strict=True))
-    return _unpermute(codes, order), scales, zeros
+    return in_place(codes, order), scales, zeros
 
 
 def _round_group(
     T: Tensor, carried: Tensor, A: Tensor, scale: Tensor, zero: Tensor, max_code: int, rounder: RoundColumns
 ) -> tuple[Tensor, Tensor]:
     """A group of any width, BLOCK columns at a time, so that wide groups run as GEMMs, too."""
-    E, codes = torch.zeros_like(T), torch.empty(T.shape, dtype=torch.uint8, device=T.device)
+    E, codes = torch.zeros_like(T), torch.empty_like(T, dtype=torch.uint8)
     for i in range(0, T.shape[1], BLOCK):
         now = slice(i, min(i + BLOCK, T.shape[1]))
-        fed = carried[:, now] + E[:, :i] @ A[:i, now]
+        fed = carried[:, now] + fed_back(E[:, :i], A[:i, now])
         codes[:, now], E[:, now] = rounder(T[:, now], fed, A[now, now], scale[:, now], zero[:, now], max_code)
     return codes, E
 
@@ -257,9 +270,3 @@ def _spread(carried: Tensor, A: Tensor) -> Tensor:
     """Feedback on a group as GPTQ holds it at its start, X A = carried, from what LDLQ adds by column."""
     spread: Tensor = torch.linalg.solve_triangular(A, carried, upper=True, left=False, unitriangular=True)
     return spread
-
-
-def _unpermute(codes: Tensor, order: Tensor) -> Tensor:
-    original = torch.empty_like(codes)
-    original[:, order] = codes
-    return original

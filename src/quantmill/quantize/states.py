@@ -25,7 +25,7 @@ class States(Sequence[Tensor]):
         self.device = device
         self._kept: list[_Kept] = []
         kind = _Plain if device.type != "cuda" else _OnHost if on_host else _OnDevice
-        self._side = torch.cuda.Stream(device) if kind is _OnHost else None
+        self._side = torch.cuda.Stream(device) if kind is _OnHost else None  # type: ignore[no-untyped-call]
         for batch in batches:
             self._kept.append(kind(batch, self._side))
         self.shapes = [(kept.value.shape[0], kept.value.shape[1]) for kept in self._kept]

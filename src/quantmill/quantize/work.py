@@ -54,6 +54,13 @@ class WorkFolder:
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
 
+    def finished(self) -> int:
+        """How many blocks are there, from the first on."""
+        index = 0
+        while self._path(index).exists():
+            index += 1
+        return index
+
     def read(self, index: int) -> SolvedBlock | None:
         """Block `index`, if it was finished. Raises CannotResume when its file is damaged."""
         path = self._path(index)
