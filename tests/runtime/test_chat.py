@@ -143,7 +143,10 @@ def test_a_template_without_system_role_gets_it_in_the_first_question(tokenizer)
     talk = Conversation(system="be brief")
     for say, text in ((talk.ask, "a"), (talk.answer, "b"), (talk.ask, "c")):
         say(text)
-    assert tokenizer.decode(talk.ids(tokenizer), skip_special=False) == "<s>[INST] be brief\n\na [/INST]b</s>[INST] c [/INST]"
+    assert (
+        tokenizer.decode(talk.ids(tokenizer), skip_special=False)
+        == "<s>[INST] be brief\n\na [/INST]b</s>[INST] c [/INST]"
+    )
     assert talk.messages[0]["content"] == "a"
 
 

@@ -93,7 +93,9 @@ def test_ends_at_tokens_and_texts_that_the_caller_names(runtime, tokenizer):
     params = SamplingParams(
         temperature=0, repetition_penalty=1.0, max_new_tokens=16, stop_token_ids=(answer[end],)
     )
-    assert generate_ids(SingleSequence(runtime), tokenizer, ids, params).text == tokenizer.decode(answer[:end])
+    assert generate_ids(SingleSequence(runtime), tokenizer, ids, params).text == tokenizer.decode(
+        answer[:end]
+    )
     whole = tokenizer.decode(answer)
     stop = whole[3:5]
     params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=16, stop=(stop,))

@@ -64,7 +64,9 @@ def test_the_answer_is_the_same(params, memory, count):
 
 def test_a_text_that_repeats_takes_few_passes():
     toy, state, tally = Toy(1), SamplerState(GREEDY, [3]), Tally()
-    answer = list(generate_ahead(toy, [3], range(8), lambda r: sample(r[0], state).token, most=200, tally=tally))
+    answer = list(
+        generate_ahead(toy, [3], range(8), lambda r: sample(r[0], state).token, most=200, tally=tally)
+    )
     assert len(answer) == 200
     assert tally.passes < 50
     assert tally.right > 150
@@ -73,7 +75,11 @@ def test_a_text_that_repeats_takes_few_passes():
 def test_guesses_that_never_hold_are_given_up_for_a_while():
     toy, tally, guessing = Toy(40), Tally(), Guessing(shortest=1)
     state = SamplerState(WARM, [3])
-    list(generate_ahead(toy, [3], range(8), lambda r: sample(r[0], state).token, most=300, guessing=guessing, tally=tally))
+    list(
+        generate_ahead(
+            toy, [3], range(8), lambda r: sample(r[0], state).token, most=300, guessing=guessing, tally=tally
+        )
+    )
     assert tally.guessed < 300 * guessing.most * 0.5
     assert toy.passes <= 301
 

@@ -76,13 +76,12 @@ def generate_ids(
     state, text = SamplerState(params, ids), _Text(tokenizer, params.stop, on_text)
     started = time.perf_counter()
     logits = sequence.go_on_to(ids)
-    count, first, stopped = 0, 0.0, False
+    token = sample_rows(logits, [state])[0].token
+    count, first = 1, time.perf_counter() - started
+    stopped = token in ends or text.push(token)
     while count < most and not stopped:
-        if count:
-            logits = sequence.read([token])
-        token = sample_rows(logits, [state])[0].token
+        token = sample_rows(sequence.read([token]), [state])[0].token
         count += 1
-        first = first or time.perf_counter() - started
         stopped = token in ends or text.push(token)
     text.end()
     seconds = time.perf_counter() - started

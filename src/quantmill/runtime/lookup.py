@@ -1,4 +1,4 @@
-"""Speculative decoding by prompt lookup: guess the next tokens from what the text has said before, check in one pass.
+"""Speculative decoding by prompt lookup: guess what comes from what the text said before, check in one pass.
 
 The longest recent n-gram that occurred earlier is looked up, and what followed it there is the guess (Saxena,
 2023, "prompt lookup decoding"). One pass gives the logits after every guessed token. A guess stands where it is
@@ -87,7 +87,7 @@ def generate_ahead(
     """
     guessing, tally = guessing or Guessing(), tally or Tally()
     index, made = Index(ids, guessing), 0
-    logits = _prompt(runtime, ids, pages)
+    logits = read_prompt(runtime, ids, pages)
     token = draw(logits)
     wrong = rest = 0
     while True:
@@ -116,7 +116,8 @@ def generate_ahead(
             wrong, rest = 0, guessing.pause
 
 
-def _prompt(runtime: Runtime, ids: Sequence[int], pages: Sequence[int]) -> Logits:
+def read_prompt(runtime: Runtime, ids: Sequence[int], pages: Sequence[int]) -> Logits:
+    """Read a prompt in passes that the runtime takes -> logits (1, vocab) after its last token."""
     step = runtime.facts.max_tokens
     for begin in range(0, len(ids), step):
         logits = runtime.forward([Piece(ids[begin : begin + step], begin, pages)])

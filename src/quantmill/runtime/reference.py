@@ -101,9 +101,7 @@ class ReferenceRuntime:
         cache, size = self._gathered(piece), len(piece.tokens)
         ids = torch.tensor([list(piece.tokens)], device=self.model.device)
         positions = torch.arange(piece.start, piece.start + size, device=self.model.device)[None]
-        out = module(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options
-        )
+        out = module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, **options)
         self._scatter(piece, cache)
         return out
 
@@ -151,9 +149,6 @@ class ReferenceRuntime:
         else:
             pages = max(1, -(-kv_tokens // PAGE))
         kind = str(self.model.dtype).removeprefix("torch.")
-        embedding = self.model.get_input_embeddings().weight.nbytes
-        tied = bool(getattr(config, "tie_word_embeddings", False))
-        weights = [*self.model.parameters(), *self.model.buffers()]
         return RuntimeFacts(
             name=f"reference {device.type} {kind} (last bits depend on the pieces)",
             vocab_size=int(config.vocab_size),
@@ -163,10 +158,17 @@ class ReferenceRuntime:
             pages=pages,
             max_tokens=MAX_TOKENS,
             max_pieces=MAX_PIECES,
-            bytes_per_token=sum(w.nbytes for w in weights) - (0 if tied else embedding),
+            bytes_per_token=self._bytes_per_token(),
             bytes_per_page=per_page,
             eos_token_ids=ends,
         )
+
+    def _bytes_per_token(self) -> int:
+        """All weights but a table of embeddings that is no output head as well."""
+        table: Any = self.model.get_input_embeddings().weight
+        tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return sum(int(w.nbytes) for w in weights) - (0 if tied else int(table.nbytes))
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         facts = self.facts
@@ -190,12 +192,12 @@ class ReferenceRuntime:
 
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer, (1, heads, positions, size)."""
-    try:
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-    except AttributeError as error:
-        raise UnsupportedModel(f"this model's cache is not keys and values ({error})") from error
-    if not layers or any(k is None or v is None or k.dim() != 4 for k, v in layers):
-        raise UnsupportedModel("this model's cache is not keys and values of every position")
+    layers: list[tuple[Tensor, Tensor]] = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.dim() != 4:
+            raise UnsupportedModel("this model's cache is not keys and values of every position")
+        layers.append((keys, values))
     return layers
 
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from quantmill.serve.refusal import Refusal, invalid
 
+PASSED_OVER = 32 << 20  # bytes too many that are read all the same: who is still sending hears no refusal
 DEEPEST = 64  # levels of arrays and objects
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -55,13 +56,17 @@ async def _read(request: Request, limit: int) -> bytes:
     if kind != "application/json":  # what a form on a strange web page cannot send
         raise Refusal(415, f"the content type is {kind[:80] or 'missing'}; application/json is needed")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
+    if length.isdecimal() and int(length) > limit + PASSED_OVER:
         raise _too_large(limit)
-    body = bytearray()
+    body, size = bytearray(), 0
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
+        size += len(chunk)
+        if size <= limit:
+            body += chunk
+        elif size > limit + PASSED_OVER:
+            break
+    if size > limit:
+        raise _too_large(limit)
     return bytes(body)
 
 

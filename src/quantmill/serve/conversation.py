@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantmill.errors import BadRequest
-from quantmill.runtime.tokenizer import TextTokenizer
+from quantmill.runtime.tokenizer import Message, TextTokenizer
 from quantmill.serve.refusal import invalid
 from quantmill.serve.schemas import ChatMessage, ChatRequest, TokenizeRequest
 from quantmill.serve.tools import ToolUse, tools_as_text
@@ -16,22 +16,43 @@ from quantmill.types import Json
 
 def prompt_ids(request: ChatRequest, tokenizer: TextTokenizer, tools: ToolUse | None) -> list[int]:
     """Raises Refusal, BadRequest where the template refuses the messages."""
-    messages = [as_message(m, tools) for m in request.messages]
+    messages: list[Message] = [as_message(m, tools) for m in request.messages]
     if tools is not None and not tools.shown:
         messages = [{"role": "system", "content": tools_as_text(tools.tools)}, *messages]
-    messages = _one_system(messages)
     template = request.chat_template
     if template is not None and template not in tokenizer.templates:
         raise invalid(f"chat_template is none of {', '.join(tokenizer.templates)}", "chat_template")
     listed = list(tools.tools) if tools is not None and tools.shown else None
-    if not request.continue_final_message:
-        return tokenizer.encode(_text(messages, tokenizer, listed, template), special=False)
-    if messages[-1]["role"] != "assistant":
-        raise invalid(
-            "continue_final_message goes on with an assistant's message; the last is not", "messages"
-        )
-    text = _text(messages[:-1], tokenizer, listed, template) + messages[-1]["content"]
+    continued = bool(request.continue_final_message)
+    return conversation_ids(messages, tokenizer, listed, template, continued)
+
+
+def conversation_ids(
+    messages: list[Message],
+    tokenizer: TextTokenizer,
+    tools: list[Json] | None = None,
+    template: str | None = None,
+    continue_last: bool = False,
+) -> list[int]:
+    """Messages as templates know them -> token ids. Raises BadRequest where the template refuses them."""
+    text = conversation_text(messages, tokenizer, tools, template, continue_last)
     return tokenizer.encode(text, special=False)
+
+
+def conversation_text(
+    messages: list[Message],
+    tokenizer: TextTokenizer,
+    tools: list[Json] | None = None,
+    template: str | None = None,
+    continue_last: bool = False,
+) -> str:
+    """The same as text. `continue_last`: the last message is the beginning of the answer, which goes on."""
+    messages = _one_system(messages)
+    if not continue_last:
+        return _text(messages, tokenizer, tools, template)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise BadRequest("only an assistant's message can be continued, and the last is not: send one")
+    return _text(messages[:-1], tokenizer, tools, template) + str(messages[-1]["content"])
 
 
 def tokenize_ids(request: TokenizeRequest, tokenizer: TextTokenizer) -> list[int]:
@@ -40,8 +61,7 @@ def tokenize_ids(request: TokenizeRequest, tokenizer: TextTokenizer) -> list[int
         raise invalid("give prompt or messages, one of them", "prompt")
     if request.prompt is not None:
         return tokenizer.encode(request.prompt, special=request.add_special_tokens)
-    messages = _one_system([as_message(m, None) for m in request.messages or ()])
-    return tokenizer.encode(_text(messages, tokenizer, None, None), special=False)
+    return conversation_ids([as_message(m, None) for m in request.messages or ()], tokenizer)
 
 
 def as_message(message: ChatMessage, tools: ToolUse | None) -> Json:
@@ -80,7 +100,7 @@ def _object(arguments: str) -> Any:
         return arguments
 
 
-def _one_system(messages: list[Json]) -> list[Json]:
+def _one_system(messages: list[Message]) -> list[Message]:
     """System texts at the beginning as one: templates know no second."""
     count = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     if count < 2:
@@ -90,7 +110,7 @@ def _one_system(messages: list[Json]) -> list[Json]:
 
 
 def _text(
-    messages: Sequence[Json], tokenizer: TextTokenizer, tools: list[Json] | None, template: str | None
+    messages: Sequence[Message], tokenizer: TextTokenizer, tools: list[Json] | None, template: str | None
 ) -> str:
     """The prompt. A template that refuses system text gets it at the head of the first question."""
     try:

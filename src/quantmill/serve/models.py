@@ -1,7 +1,7 @@
 """The models of a server: by name, loaded when they are first asked for, dropped when others need the memory.
 
-For programs in the same process (the web UI) as much as for the HTTP handlers: everything but `register`, `infos`
-and `branches` is to be awaited in the server's event loop, which is `service.loop`.
+Everything but `register`, `infos`, `info` and `branches` is to be awaited in the server's event loop, which is
+`service.loop`. Other threads go through `asyncio.run_coroutine_threadsafe`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from quantmill.types import Json
 
 if TYPE_CHECKING:
     from quantmill.hub.branches import RemoteBranch
+    from quantmill.serve.settings import ServeSettings
 
 Opener = Callable[[str], tuple[Path, LLM]]  # blocking: a source -> its folder and the model, ready to answer
 log = logging.getLogger("quantmill.serve")
@@ -38,12 +39,17 @@ class ModelInfo:
     source: str
     state: str  # idle, loading, ready, failed
     users: int  # requests under way
-    bytes: int  # weights and cache; 0 while not loaded
+    weight_bytes: int  # 0 while not loaded
+    cache_bytes: int
     folder: Path | None = None
     runtime: str | None = None  # "cpu int16"
     context: int | None = None
     parameters: Json | None = None  # quantization_config of config.json
     error: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes
 
 
 class _Entry:
@@ -55,7 +61,8 @@ class _Entry:
         self.folder: Path | None = None
         self.state = "idle"
         self.error: str | None = None
-        self.users, self.bytes, self.used = 0, 0, 0.0
+        self.users, self.used = 0, 0.0
+        self.weight_bytes = self.cache_bytes = 0
 
     def info(self) -> ModelInfo:
         facts = self.llm.facts if self.llm is not None else None
@@ -64,7 +71,8 @@ class _Entry:
             self.source,
             self.state,
             self.users,
-            self.bytes,
+            self.weight_bytes,
+            self.cache_bytes,
             self.folder,
             facts.name if facts else None,
             facts.context if facts else None,
@@ -78,6 +86,7 @@ class ModelService:
 
     def __init__(self, open_model: Opener, budget: int) -> None:
         self._open, self.budget = open_model, budget
+        self.overrides: dict[str, ServeSettings] = {}  # by source: a model that is opened differently
         self._entries: dict[str, _Entry] = {}
         self._lock: asyncio.Lock | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -170,7 +179,7 @@ class ModelService:
 
     def _one_at_a_time(self) -> asyncio.Lock:
         if self._lock is None:
-            self._lock, self.loop = asyncio.Lock(), asyncio.get_running_loop()
+            self._lock = asyncio.Lock()
         return self._lock
 
     async def _load(self, entry: _Entry) -> LLM:
@@ -190,7 +199,8 @@ class ModelService:
                 entry.state, entry.error = "idle" if isinstance(error, Busy) else "failed", str(error)
                 raise
             entry.llm, facts = llm, llm.facts
-            entry.bytes = weight_bytes(str(entry.folder)) + facts.pages * facts.bytes_per_page
+            entry.weight_bytes = weight_bytes(str(entry.folder))
+            entry.cache_bytes = facts.pages * facts.bytes_per_page
             entry.state, entry.error = "ready", None
             self._entries.setdefault(entry.name, entry)
             seconds = round(time.monotonic() - began, 2)
@@ -204,7 +214,7 @@ class ModelService:
                 f"the model takes {gigabytes(need)}, all models together may take {gigabytes(self.budget)}: "
                 "choose fewer bits, or raise --memory"
             )
-        while sum(e.bytes for e in self._entries.values()) + need > self.budget:
+        while sum(e.weight_bytes + e.cache_bytes for e in self._entries.values()) + need > self.budget:
             idle = [e for e in self._entries.values() if e.llm is not None and not e.users]
             if not idle:
                 raise Busy("other models are answering and hold the memory", 5)
@@ -212,7 +222,7 @@ class ModelService:
 
     async def _drop(self, entry: _Entry) -> None:
         llm, entry.llm = entry.llm, None
-        entry.state, entry.bytes = "idle", 0
+        entry.state, entry.weight_bytes, entry.cache_bytes = "idle", 0, 0
         if llm is not None:
             await asyncio.to_thread(llm.close)
             log.info("model dropped", extra={"model": entry.name})

@@ -27,7 +27,9 @@ SHARE = 0.8  # of the device's memory, for all models together
 
 def make_service(models: Sequence[str], settings: ServeSettings) -> ModelService:
     """The models' names, nothing loaded. Raises BadRequest, SourceNotFound."""
-    service = ModelService(lambda source: open_model(source, settings), memory_budget(settings))
+    service = ModelService(
+        lambda source: open_model(source, service.overrides.get(source, settings)), memory_budget(settings)
+    )
     for typed in models:
         service.register(typed)
     return service
@@ -99,6 +101,8 @@ def serve(
 async def _live(
     server: uvicorn.Server, service: ModelService, load: Sequence[str], listener: socket.socket
 ) -> None:
+    service.loop = asyncio.get_running_loop()
+    service.loop = asyncio.get_running_loop()
     try:
         for name in load:
             await service.load(name)

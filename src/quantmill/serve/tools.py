@@ -26,6 +26,7 @@ from quantmill.serve.schemas import ChatRequest, NamedTool, Tool
 from quantmill.types import Json
 
 MARKS: dict[str, str | None] = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "json": None}
+MOST_FAILURES = 32  # brackets that begin nothing, after which a text is no longer searched for calls
 _NAMED_ARGUMENTS = re.compile(r"\s*([\w.-]+)\s*(?:\[ARGS\])?\s*(?=\{)")
 
 
@@ -87,7 +88,7 @@ def _must_call(tools: list[Tool], choice: str | NamedTool) -> Constraint:
             "type": "object",
             "properties": {
                 "name": {"const": t.function.name},
-                "arguments": t.function.parameters or {"type": "object"},
+                "arguments": _closed(t.function.parameters or {"type": "object"}),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -96,6 +97,11 @@ def _must_call(tools: list[Tool], choice: str | NamedTool) -> Constraint:
     ]
     schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema))
+
+
+def _closed(parameters: Json) -> Json:
+    """Arguments that a schema does not list are of no use to anybody, unless it asks for them."""
+    return {"additionalProperties": False, **parameters} if "properties" in parameters else parameters
 
 
 def tools_as_text(tools: Sequence[Json]) -> str:
@@ -157,8 +163,8 @@ class ToolSplitter:
 def read_calls(said: str) -> list[Call]:
     """Every call in a text: JSON objects and lists with a name, or a name before an object of arguments."""
     calls: list[Call] = []
-    decoder, at = json.JSONDecoder(), 0
-    while at < len(said):
+    decoder, at, failed = json.JSONDecoder(), 0, 0
+    while at < len(said) and failed < MOST_FAILURES:
         named = _NAMED_ARGUMENTS.match(said, at)
         begin = (
             named.end() if named else next((i for i in range(at, len(said)) if said[i] in "{["), len(said))
@@ -166,7 +172,7 @@ def read_calls(said: str) -> list[Call]:
         try:
             value, end = decoder.raw_decode(said, begin)
         except (ValueError, RecursionError):
-            at = begin + 1
+            at, failed = begin + 1, failed + 1
             continue
         if named and isinstance(value, dict):
             calls.append(_call(named[1], value))

@@ -1,4 +1,4 @@
-"""Compile the decoder's kernels for a GPU that need not be here: python compile_decoder_kernels.py CAPABILITY. Not a test.
+"""Compile the decoder's kernels for a GPU that need not be here: python FILE CAPABILITY. Not a test.
 
 Prints the shared memory that one program of each takes, as one JSON object, in bytes.
 """
@@ -17,16 +17,46 @@ from quantmill.runtime.gpu.kernels.attention import rows_kernel, tile_kernel
 from quantmill.runtime.gpu.kernels.dense import dense_kernel
 from quantmill.runtime.gpu.kernels.norms import norm_kernel, silu_kernel
 from quantmill.runtime.gpu.kernels.rotary import cache_kernel
+from quantmill.runtime.gpu.kernels.sampling import draw_kernel, peaks_kernel
 
-FLOAT32 = ("query_norm", "key_norm", "cosines", "sines", "residual", "gain", "bias", "sums", "tops", "y")
-INTEGERS = ("positions", "sequences", "pages", "tiles", "places_of", "arrived", "order", "tokens")
+FLOAT32 = (
+    "query_norm",
+    "key_norm",
+    "cosines",
+    "sines",
+    "residual",
+    "gain",
+    "bias",
+    "sums",
+    "tops",
+    "y",
+    "logits",
+    "sharpness",
+    "top_ps",
+    "uniforms",
+)
+INTEGERS = (
+    "positions",
+    "sequences",
+    "pages",
+    "tiles",
+    "places_of",
+    "arrived",
+    "order",
+    "tokens",
+    "top_ks",
+    "steps",
+    "drawn",
+)
 HALVES = ("key_scales", "value_scales")
 ACTIVATIONS = ("qkv", "out", "x", "weight", "added", "gate_up")
 SCALARS = ("epsilon", "times", "scale")
 HEADS = {"H": 32, "KVH": 8, "D": 128, "BLOCK_D": 128, "PAGE": 64, "EPSILON": 1e-5, "HAS_NORM": False}
 
 
-def compiled(kernel: Any, constants: dict[str, Any], capability: int, dtype: str, warps: int, stages: int) -> Any:
+def compiled(
+    kernel: Any, constants: dict[str, Any], capability: int, dtype: str, warps: int, stages: int
+) -> Any:
     """The kernel with aligned pointers, as real calls have them."""
     fp8 = constants.get("FP8", False)
     names, kinds = kernel.arg_names, {}
@@ -35,7 +65,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int, dtype: str
             kinds[name] = "constexpr"
         elif name in FLOAT32:
             kinds[name] = "*fp32"
-        elif name in INTEGERS:
+        elif name in INTEGERS or (name == "places" and "logits" in names):
             kinds[name] = "*i32"
         elif name in HALVES:
             kinds[name] = "*fp16"
@@ -58,16 +88,33 @@ def main() -> None:
     for dtype in ("fp16", "bf16"):
         for fp8 in (False, True)[: 1 + (capability >= 89)]:
             shared = {**HEADS, "FP8": fp8}
-            rows = {"SCALE": 0.09, "ROWS": 16, "PARTS": 16, "LEAST": 4, "HAS_ORDER": False, "WRITES": True, "PDL": early}
+            rows = {"SCALE": 0.09, "ROWS": 16, "GROUP": 4, "PARTS": 16, "HAS_ORDER": False, "WRITES": True, "AHEAD": 4, "PDL": early}
             tile = {"SCALE": 0.09, "ROWS": 64, "HAS_ORDER": False, "HAS_WINDOW": True}
             for name, kernel, more in (("rows", rows_kernel, rows), ("tile", tile_kernel, tile)):
-                report[f"{name} {dtype} {fp8}"] = compiled(kernel, {**shared, **more}, capability, dtype, 4, 3)
-            report[f"cache {dtype} {fp8}"] = compiled(cache_kernel, shared, capability, dtype, 1, 3)
-        norm = {"EPSILON": 1e-5, "EMBED": False, "HAS_ADDED": True, "HAS_ORDER": True, "BLOCK": 4096, "BLOCK_OUT": 4096}
+                report[f"{name} {dtype} {fp8}"] = compiled(
+                    kernel, {**shared, **more}, capability, dtype, 4, 3
+                )
+            report[f"cache {dtype} {fp8}"] = compiled(
+                cache_kernel, {**shared, "BLOCK": 16, "PDL": early}, capability, dtype, 1, 3
+            )
+        norm = {
+            "EPSILON": 1e-5,
+            "EMBED": False,
+            "HAS_ADDED": True,
+            "HAS_ORDER": True,
+            "BLOCK": 4096,
+            "BLOCK_OUT": 4096,
+            "PDL": early,
+        }
         report[f"norm {dtype}"] = compiled(norm_kernel, norm, capability, dtype, 8, 3)
-        report[f"silu {dtype}"] = compiled(silu_kernel, {"BLOCK": 1024}, capability, dtype, 4, 3)
+        report[f"silu {dtype}"] = compiled(
+            silu_kernel, {"BLOCK": 1024, "PDL": early}, capability, dtype, 4, 3
+        )
         dense = {"HAS_BIAS": False, "BM": 16, "BN": 64, "BK": 64, "PDL": early}
         report[f"dense {dtype}"] = compiled(dense_kernel, dense, capability, dtype, 4, 5)
+        flags = {"BLOCK": 8192, "PDL": early}
+        report["peaks"] = compiled(peaks_kernel, flags, capability, dtype, 8, 3)
+        report["draw"] = compiled(draw_kernel, {**flags, "RING": 256, "CHUNKS": 8}, capability, dtype, 16, 3)
     print(json.dumps({name: kernel.metadata.shared for name, kernel in report.items()}))
 
 

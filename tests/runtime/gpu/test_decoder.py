@@ -172,7 +172,12 @@ def test_products_beyond_fp16(tmp_path, device):
 def test_refusals(tmp_path, device):
     made(tmp_path, "llama")
     runtime = opened(tmp_path, device, context=64)
-    for piece in (Piece([320], 0, (0,)), Piece([], 0, (0,)), Piece([1] * 65, 0, (0, 1)), Piece([1], 64, (0, 1))):
+    for piece in (
+        Piece([320], 0, (0,)),
+        Piece([], 0, (0,)),
+        Piece([1] * 65, 0, (0, 1)),
+        Piece([1], 64, (0, 1)),
+    ):
         with pytest.raises(BadRequest):
             runtime.forward([piece])
     with pytest.raises(BadRequest, match="pages"):
@@ -188,3 +193,14 @@ def test_long_prompts_pass_in_parts(tmp_path, device, monkeypatch):
     ids = ids_of(50)
     logits = opened(tmp_path, device).forward([Piece(ids, 0, (2,), every=True)])
     assert error(logits, wanted_logits(twin, ids)) < 5e-3
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_many_rows(shuffled, tmp_path, device, monkeypatch):
+    """Through dense copies, as prompts beyond `FEW` tokens go."""
+    monkeypatch.setattr(gpu, "FEW", 16)
+    monkeypatch.setattr("quantmill.runtime.gpu.layers.CHUNK", 8)
+    order = ActOrder.GROUPED if shuffled else ActOrder.STATIC
+    twin = made(tmp_path, "qwen2", QuantConfig(bits=4, group_size=16, act_order=order), shuffled)
+    ids = ids_of(21)
+    assert error(read(opened(tmp_path, device), ids, 20), wanted_logits(twin, ids)) < 5e-3

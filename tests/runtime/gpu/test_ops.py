@@ -19,7 +19,9 @@ def near(a: torch.Tensor, b: torch.Tensor, times: int = 1) -> bool:
     return bool(difference < TOLERANCE[a.dtype] * times)  # also false for NaN
 
 
-def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16, seed: int = 0) -> torch.Tensor:
+def random(
+    *shape: int, device: torch.device, dtype: torch.dtype = torch.float16, seed: int = 0
+) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
 
 
@@ -33,8 +35,14 @@ def make_cache(heads: ops.Heads, pages: int, device, fp8: bool = False) -> ops.L
     """Full of numbers, those of places that nobody has written NaN."""
     shape = (pages, heads.kv, PAGE, heads.size)
     if fp8:
-        scales = torch.rand(2, pages, heads.kv, PAGE, generator=torch.Generator().manual_seed(3)) * 0.01 + 0.001
-        eight = (random(2, *shape, device=device, dtype=torch.float32) * 100).to(torch.float8_e4m3fn)
+        scales = (
+            torch.rand(2, pages, heads.kv, PAGE, generator=torch.Generator().manual_seed(3)) * 0.01 + 0.001
+        )
+        eight = (
+            (random(2, *shape, device=device, dtype=torch.float32) * 80)
+            .clamp(-448, 448)
+            .to(torch.float8_e4m3fn)
+        )
         return ops.LayerCache(*eight.view(torch.uint8), *scales.half().to(device))
     return ops.LayerCache(*random(2, *shape, device=device), None, None)
 
@@ -60,7 +68,9 @@ def test_add_normed(device, width, ordered):
     order = torch.randperm(width, device=device, dtype=torch.int32) if ordered else None
     if order is not None:
         order = torch.cat([order[:20], torch.full((8,), -1, dtype=torch.int32, device=device), order[20:]])
-    outs = [torch.full((3, width + 8 * ordered), float("nan"), dtype=torch.float16, device=device) for _ in "ab"]
+    outs = [
+        torch.full((3, width + 8 * ordered), float("nan"), dtype=torch.float16, device=device) for _ in "ab"
+    ]
     residuals = [residual.clone(), residual.clone()]
     for module, out, mine in zip((ops, twins), outs, residuals, strict=True):
         module.add_normed(mine, added, gain, 1e-5, order, out)
@@ -91,12 +101,12 @@ def test_gated_keeps_large_products_within_fp16(device):
     assert near(*found)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("norms", [False, True])
-def test_write_cache(device, fp8, norms):
+@pytest.mark.parametrize(("fp8", "norms", "count"), [(False, False, 5), (True, True, 5), (True, False, 300)])
+def test_write_cache(device, fp8, norms, count):
     heads = make_heads(device, norms=norms)
-    rows = make_rows([0, 63, -1, 64, 700], [0, 1, 2, 3, 3], device)
-    qkv, start = random(5, heads.width, device=device), make_cache(heads, 4 * CONTEXT // PAGE, device, fp8)
+    others = list(range(100, 100 + count - 5))
+    rows = make_rows([0, 63, -1, 64, 700, *others], [0, 1, 2, 3, 3] + [0] * len(others), device)
+    qkv, start = random(count, heads.width, device=device), make_cache(heads, 4 * CONTEXT // PAGE, device, fp8)
     caches = [copied(start), copied(start)]
     for module, cache in zip((ops, twins), caches, strict=True):
         module.write_cache(qkv, heads, cache, rows)
@@ -105,7 +115,7 @@ def test_write_cache(device, fp8, norms):
             continue
         if mine.dtype == torch.uint8:  # a value between two of float8's may go either way
             mine, wanted = (t.view(torch.float8_e4m3fn).float() for t in (mine, wanted))
-            assert (mine - wanted).norm() / wanted.norm() < 1e-2
+            assert (mine - wanted).norm() / wanted.norm() < 5e-2
         else:
             assert near(mine, wanted)
             assert not torch.equal(mine, before)
@@ -128,7 +138,10 @@ def test_attend_rows(device, count, kv, size, window, fp8, norms, writes):
     start = make_cache(heads, len(positions) * CONTEXT // PAGE, device, fp8)
     scratch, found = ops.Scratch.of(len(positions), heads, device), []
     for module in (ops, twins):
-        cache, out = copied(start), torch.zeros(len(positions), count * size, dtype=torch.float16, device=device)
+        cache, out = (
+            copied(start),
+            torch.zeros(len(positions), count * size, dtype=torch.float16, device=device),
+        )
         module.attend_rows(qkv, heads, cache, rows, scratch, None, out, writes=writes)
         found.append(out)
     assert near(*found, times=8 if fp8 else 1)  # a value between two of float8's may go either way
@@ -185,7 +198,15 @@ def test_dense(device, shape):
 @pytest.mark.parametrize("vocab", [300, 5000])
 def test_draw(device, vocab):
     """Greedy, warm, top_k with a tie, top_p, both; the ends of the random numbers; a filler row."""
-    kinds = [(0, vocab, 1), (1, vocab, 1), (1.5, 7, 1), (0.7, vocab, 0.8), (1, 20, 0.5), (2, 1, 1), (1, vocab, 1)]
+    kinds = [
+        (0, vocab, 1),
+        (1, vocab, 1),
+        (1.5, 7, 1),
+        (0.7, vocab, 0.8),
+        (1, 20, 0.5),
+        (2, 1, 1),
+        (1, vocab, 1),
+    ]
     uniforms = (0.0, 0.3, 0.77, 0.999999)
     rows_of = [(*kind, u) for kind in kinds for u in uniforms]
     logits = random(len(rows_of), vocab, device=device, dtype=torch.float32) * 2

@@ -90,11 +90,13 @@ def wait_for(what: object, seconds: float = 10.0) -> None:
 def main(folder: str, pace: str) -> None:
     """Serve the page on a free port of this machine and say where."""
     import uvicorn
-    from fastapi import FastAPI
+    from starlette.applications import Starlette
 
-    from quantmill.serve.ui import mount
+    from quantmill.serve.settings import ServeSettings
+    from quantmill.serve.ui import put
 
-    app = mount(FastAPI(), EchoDesk({"demo/echo": Path(folder)}, float(pace)))
+    app = Starlette()
+    put(app, EchoDesk({"demo/echo": Path(folder)}, float(pace)), ServeSettings())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
     wait_for(lambda: server.started, 120)

@@ -186,7 +186,8 @@ def finish(total: int, out: int, head_dim: int) -> None:
 
 @intrinsic
 def store_position(context: Any, head_dim: Any, half: Any, new: Any, cache: Any, slot: Any) -> Any:
-    """Put a position's key and value (addresses of float32) into place `slot` of a head's page (addresses of both)."""
+    """Put a position's key and value (addresses of float32) into place `slot` of a head's page (addresses of
+    both)."""
     literals = head_dim, half
 
     def emit(c: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:

@@ -119,9 +119,7 @@ class Batch:
         for piece, size in zip(pieces, sizes, strict=True):
             end = piece.start + size
             if piece.start < 0 or end > limits.context:
-                raise BadRequest(
-                    f"{end} tokens do not fit the context of {limits.context}: shorten the text"
-                )
+                raise BadRequest(f"{end} tokens do not fit the context of {limits.context}: shorten the text")
             if len(piece.pages) * PAGE < end:
                 raise BadRequest(f"{end} positions do not fit {len(piece.pages)} pages of {PAGE}")
 

@@ -111,7 +111,8 @@ def _yarn(frequencies: NDArray[np.float32], rope: Json, theta: float) -> NDArray
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * count - 1)
     ramp = ((np.arange(count) - low) / (high - low if high != low else 0.001)).clip(0, 1)
-    return (frequencies / _yarn_factor(rope) * ramp + frequencies * (1 - ramp)).astype(np.float32)
+    mixed: NDArray[np.float32] = frequencies * (ramp / _yarn_factor(rope) + 1 - ramp)
+    return mixed.astype(np.float32)
 
 
 def _yarn_scale(rope: Json) -> float:
@@ -127,7 +128,9 @@ def _yarn_scale(rope: Json) -> float:
 
 def _yarn_factor(rope: Json) -> float:
     factor = rope.get("factor")
-    return float(factor if factor is not None else rope["max_position_embeddings"] / _original_positions(rope))
+    return float(
+        factor if factor is not None else rope["max_position_embeddings"] / _original_positions(rope)
+    )
 
 
 def _original_positions(rope: Json) -> float:

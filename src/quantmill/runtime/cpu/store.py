@@ -2,14 +2,17 @@
 
 The file's name is a hash of what it was made from: the JSON, every weight file's size, time of change and
 samples of its bytes, and the options. So a changed checkpoint is packed anew and an unchanged one is never
-read again.
+read again. What a new file makes useless, or what has not been used for long, is removed when one is made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,8 +20,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from quantmill.files import atomic_folder, cache_root, read_json, write_json
+from quantmill.errors import BadRequest
+from quantmill.files import atomic_folder, cache_root, read_json, remove_folder, write_json
 from quantmill.kernels.cpu.layout import CpuLinear
+from quantmill.types import Json
 
 if TYPE_CHECKING:
     from quantmill.checkpoint import Checkpoint
@@ -27,6 +32,8 @@ VERSION = 2  # of the layout: raise it whenever packing writes other bytes
 ALIGNMENT = 64
 INDEX, ARRAYS = "config.json", "arrays.bin"  # by the index's name files.py knows a folder it may replace
 SAMPLES, SAMPLE_BYTES = 64, 4096
+CAP = 64 << 30  # bytes of all stores together
+UNUSED_DAYS = 90
 _ARRAY_FIELDS = ("weights", "scales", "zeros", "first_slice", "columns", "bias")
 _NUMBER_FIELDS = tuple(f.name for f in fields(CpuLinear) if f.name not in _ARRAY_FIELDS)
 
@@ -45,11 +52,46 @@ def packed_store(checkpoint: Checkpoint, options: dict[str, int], cache: Path | 
 
     folder = cache_root(cache) / "cpu" / _key(checkpoint, options)
     if not (folder / INDEX).exists():
-        with atomic_folder(folder) as unfinished:
-            with (unfinished / ARRAYS).open("wb") as stream:
-                index = write_arrays(stream, pack_model(checkpoint, options))
-            write_json(unfinished / INDEX, index)
-    return open_store(folder)
+        origin = {"source": str(checkpoint.folder.resolve()), "options": options}
+        try:
+            with atomic_folder(folder) as unfinished:
+                with (unfinished / ARRAYS).open("wb") as stream:
+                    index = write_arrays(stream, pack_model(checkpoint, options))
+                write_json(unfinished / INDEX, {**origin, **index})
+        except OSError as error:
+            raise BadRequest(
+                f"the packed weights cannot be written to {folder.parent} ({error}): make room there, or set "
+                "QUANTMILL_HOME to another disk"
+            ) from error
+        prune(folder, origin)
+    store = open_store(folder)
+    with suppress(OSError):  # a cache that may only be read
+        os.utime(folder / INDEX)
+    return store
+
+
+def prune(kept: Path, origin: Json) -> list[Path]:
+    """Remove stores beside `kept`: older ones of the same origin, those unused for UNUSED_DAYS, and the longest
+    unused until all together fit CAP. A process that has one mapped keeps it. Returns what was removed."""
+    others = sorted((p for p in kept.parent.iterdir() if p != kept and (p / INDEX).exists()), key=_used)
+    total = sum(map(_size, [kept, *others]))
+    removed = []
+    for folder in others:
+        index = read_json(folder / INDEX)
+        superseded = all(index.get(key) == value for key, value in origin.items())
+        if superseded or total > CAP or _used(folder) < time.time() - UNUSED_DAYS * 86400:
+            total -= _size(folder)
+            remove_folder(folder)
+            removed.append(folder)
+    return removed
+
+
+def _used(folder: Path) -> float:
+    return (folder / INDEX).stat().st_mtime
+
+
+def _size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir())
 
 
 def open_store(folder: Path) -> Store:

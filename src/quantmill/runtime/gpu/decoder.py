@@ -17,7 +17,7 @@ from quantmill.checkpoint import Checkpoint, open_checkpoint
 from quantmill.errors import BadRequest
 from quantmill.runtime.cpu.settings import Settings, read_settings
 from quantmill.runtime.gpu.checking import check_model
-from quantmill.runtime.gpu.layers import Model, TilesAttention, final_states, logits_of
+from quantmill.runtime.gpu.layers import Model, TilesAttention, final_states, logits_of, prompt_states
 from quantmill.runtime.gpu.memory import DTYPES, cache_bytes, make_caches, pages_for
 from quantmill.runtime.gpu.ops import Heads, Rows, tile_rows
 from quantmill.runtime.gpu.projection import FEW, Projection
@@ -29,7 +29,7 @@ from quantmill.runtime.sampling import SamplerState
 from quantmill.runtime.tokenizer import end_tokens
 
 SHORT = 16  # tokens of a piece that is decoded row by row
-AT_ONCE = 4096  # tokens of one pass
+AT_ONCE = 2048  # tokens of one pass
 CONTEXT = 32768  # positions where nothing else is asked for and the model can
 
 
@@ -172,12 +172,13 @@ class GpuRuntime:
         line[: len(pages)] = pages[: self._lines]
         parts = [np.asarray(tokens, np.int32), np.arange(start, start + count, dtype=np.int32), line]
         sent = torch.from_numpy(np.concatenate([*parts, tiles.reshape(-1)])).to(device)
-        ids, positions, line_there, tiles_there = sent.split([count, count, len(line), tiles.size])
+        ids, positions, line_there, tiles_there = torch.split(sent, [count, count, len(line), tiles.size])
         zeros = torch.zeros(count, dtype=torch.int32, device=device)
         rows = Rows(ids, positions, zeros, line_there.view(1, -1))
         attention = TilesAttention(rows, tiles_there.view(-1, 4), start + count - 1)
-        product = Projection.few if count <= FEW else Projection.many
-        return final_states(self._model, ids, product, attention)
+        if count <= FEW:
+            return final_states(self._model, ids, Projection.few, attention)
+        return prompt_states(self._model, ids, attention)
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         """Raises BadRequest for what is outside the vocabulary or the context."""
@@ -190,14 +191,21 @@ class GpuRuntime:
                 raise BadRequest(f"a piece holds at least one token id from 0 to {vocab - 1}")
             end = piece.start + count
             if piece.start < 0 or end > self._facts.context:
-                raise BadRequest(f"{end} tokens do not fit the context of {self._facts.context}: shorten the text")
+                raise BadRequest(
+                    f"{end} tokens do not fit the context of {self._facts.context}: shorten the text"
+                )
+            if piece.pages and max(piece.pages) >= self._facts.pages:
+                raise BadRequest(f"page {max(piece.pages)} is asked for, the cache has {self._facts.pages}")
             if len(piece.pages) * PAGE < end:
-                raise BadRequest(f"{len(piece.pages)} pages of {PAGE} do not hold {end} tokens: give more pages")
+                raise BadRequest(
+                    f"{len(piece.pages)} pages of {PAGE} do not hold {end} tokens: give more pages"
+                )
 
 
 def _kept_rows(pieces: Sequence[Piece], every: bool) -> list[int] | None:
     """Which rows of a short pass are asked for; None: all."""
-    kept, at = [], 0
+    kept: list[int] = []
+    at = 0
     for piece in pieces:
         count = len(piece.tokens)
         kept += range(at if every or piece.every else at + count - 1, at + count)

@@ -16,6 +16,8 @@ from quantmill.runtime.gpu.ops import Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.gpu.projection import Projection
 from quantmill.runtime.gpu.weights import Weights
 
+CHUNK = 512  # rows of gates and ups at a time
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -39,7 +41,7 @@ class Attention(Protocol):
 class Product(Protocol):
     """How a projection is multiplied: `Projection.few` or `Projection.many`."""
 
-    def __call__(self, projection: Projection, x: Tensor) -> Tensor: ...
+    def __call__(self, projection: Projection, x: Tensor, /) -> Tensor: ...
 
 
 def final_states(model: Model, tokens: Tensor, product: Product, attention: Attention) -> Tensor:
@@ -67,6 +69,32 @@ def final_states(model: Model, tokens: Tensor, product: Product, attention: Atte
     return x
 
 
+def prompt_states(model: Model, tokens: Tensor, attention: Attention) -> Tensor:
+    """The same for many rows, through dense copies of the weights; the bits depend on how many rows there are."""
+    weights, epsilon = model.weights, model.epsilon
+    rows, hidden = tokens.shape[0], weights.embedding.shape[1]
+    residual = torch.empty(rows, hidden, dtype=torch.float32, device=tokens.device)
+    first = weights.blocks[0]
+    x = _buffer(model, rows, first.qkv)
+    ops.embed_normed(residual, weights.embedding, tokens, first.attention_norm, epsilon, first.qkv.order, x)
+    for i, block in enumerate(weights.blocks):
+        mixed = _buffer(model, rows, block.output)
+        attention(block.qkv.many(x), model.heads[i], model.caches[i], block.output_places, mixed)
+        block.output.add(mixed, 1.0, residual)
+        x = _buffer(model, rows, block.gate_up)
+        ops.add_normed(residual, None, block.mlp_norm, epsilon, block.gate_up.order, x)
+        inner = torch.empty(rows, block.gate_up.outputs // 2, dtype=model.dtype, device=tokens.device)
+        for at, gate_up in block.gate_up.chunks(x, CHUNK):  # which are still in the L2 cache
+            ops.gated(gate_up, 1 / block.shrink, inner[at])
+        block.down.add(inner, block.shrink, residual)
+        last = i + 1 == len(weights.blocks)
+        after = weights.head if last else weights.blocks[i + 1].qkv
+        gain = weights.norm if last else weights.blocks[i + 1].attention_norm
+        x = _buffer(model, rows, after)
+        ops.add_normed(residual, None, gain, epsilon, after.order, x)
+    return x
+
+
 def _buffer(model: Model, rows: int, projection: Projection) -> Tensor:
     """What a projection reads. Zeros where its order has places that nothing fills."""
     shape = rows, projection.places
@@ -89,9 +117,7 @@ class RowsAttention:
     ) -> None:
         if not self.alone:
             ops.write_cache(qkv, heads, cache, self.rows)
-        ops.attend_rows(
-            qkv, heads, cache, self.rows, self.scratch, places_of, out, writes=self.alone
-        )
+        ops.attend_rows(qkv, heads, cache, self.rows, self.scratch, places_of, out, writes=self.alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +133,7 @@ class TilesAttention:
     ) -> None:
         ops.write_cache(qkv, heads, cache, self.rows)
         windowed = 0 < heads.window <= self.last
-        ops.attend_tiles(
-            qkv, heads, cache, self.tiles, self.rows.pages, places_of, out, windowed=windowed
-        )
+        ops.attend_tiles(qkv, heads, cache, self.tiles, self.rows.pages, places_of, out, windowed=windowed)
 
 
 def logits_of(model: Model, states: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ def pages_for(
         return wanted if fits is None else max(1, min(wanted, fits))
     pages = -(-kv_tokens // PAGE)
     if pages < 1 or (fits is not None and pages > fits):
-        raise BadRequest(f"a cache for {kv_tokens} tokens was asked for; {(fits or 0) * PAGE} fit: ask for fewer")
+        raise BadRequest(
+            f"a cache for {kv_tokens} tokens was asked for; {(fits or 0) * PAGE} fit: ask for fewer"
+        )
     return pages
 
 

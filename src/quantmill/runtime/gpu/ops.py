@@ -1,4 +1,4 @@
-"""The decoder's kernels as functions of tensors, without the linears. twins.py has every one of them in plain torch.
+"""The decoder's kernels as functions of tensors, without the linears. twins.py has each of them in plain torch.
 
 Outputs and scratch are given by the caller, so that a CUDA graph can hold the calls. Knows no model.
 """
@@ -15,6 +15,9 @@ from quantmill.runtime.interface import PAGE
 
 PARTS = 16  # into which a row's text is cut at most
 LEAST_PAGES = 4  # of a part
+ROW_SHAPE = 4, 3  # warps, and pages in shared memory, of a row's program
+TILE_SHAPE = 4, 3
+AHEAD = 4  # pages that a row's program asks for before the kernel before it is through
 RING = 256  # tokens that are drawn before their places are used again
 CHUNK = 4096  # logits of one program that looks for the highest
 TILE = 64  # queries of one program of the tile kernel
@@ -150,6 +153,9 @@ def _norm(
 
     rows, k = residual.shape
     places = out.shape[1]
+    early = tokens is None and _early(
+        out.device
+    )  # the first kernel of a step waits for what is before the step
     norm_kernel[(rows,)](
         residual,
         residual if added is None else added,
@@ -166,7 +172,9 @@ def _norm(
         HAS_ORDER=order is not None,
         BLOCK=power_of_two(k),
         BLOCK_OUT=power_of_two(places),
+        PDL=early,
         num_warps=8 if k > 2048 else 4,
+        **_launch(early),
     )
 
 
@@ -176,14 +184,20 @@ def gated(gate_up: Tensor, scale: float, out: Tensor) -> None:
 
     rows, n = out.shape
     block = min(1024, power_of_two(n))
-    silu_kernel[(rows, -(-n // block))](gate_up, out, n, scale, BLOCK=block, num_warps=4)
+    early = _early(out.device)
+    silu_kernel[(rows, -(-n // block))](
+        gate_up, out, n, scale, BLOCK=block, PDL=early, num_warps=4, **_launch(early)
+    )
 
 
 def write_cache(qkv: Tensor, heads: Heads, cache: LayerCache, rows: Rows) -> None:
     """Keys (turned to their positions) and values of every row into their pages."""
     from quantmill.runtime.gpu.kernels.rotary import cache_kernel
 
-    cache_kernel[(rows.positions.shape[0], heads.kv)](
+    early = _early(qkv.device)
+    number = rows.positions.shape[0]
+    block = 16 if number >= 256 else 1
+    cache_kernel[(-(-number // block), heads.kv)](
         qkv,
         qkv if heads.key_norm is None else heads.key_norm,
         heads.cosines,
@@ -193,6 +207,7 @@ def write_cache(qkv: Tensor, heads: Heads, cache: LayerCache, rows: Rows) -> Non
         rows.sequences,
         rows.pages,
         rows.pages.stride(0),
+        number,
         H=heads.count,
         KVH=heads.kv,
         D=heads.size,
@@ -201,7 +216,10 @@ def write_cache(qkv: Tensor, heads: Heads, cache: LayerCache, rows: Rows) -> Non
         EPSILON=heads.epsilon,
         HAS_NORM=heads.key_norm is not None,
         FP8=cache.key_scales is not None,
-        num_warps=1,
+        BLOCK=block,
+        PDL=early,
+        num_warps=1 if block == 1 else 4,
+        **_launch(early),
     )
 
 
@@ -243,24 +261,26 @@ def attend_rows(
         heads.reach,
         rows.pages.stride(0),
         out.shape[1],
+        LEAST_PAGES,
         SCALE=heads.size**-0.5,
         H=heads.count,
         KVH=heads.kv,
         D=heads.size,
         BLOCK_D=power_of_two(heads.size),
         ROWS=max(16, power_of_two(heads.group)),
-        PAGE=PAGE,
+        GROUP=power_of_two(heads.group),
         PARTS=PARTS,
-        LEAST=LEAST_PAGES,
+        PAGE=PAGE,
         EPSILON=heads.epsilon,
         HAS_NORM=heads.query_norm is not None,
         HAS_ORDER=places_of is not None,
         FP8=cache.key_scales is not None,
         WRITES=writes,
+        AHEAD=AHEAD,
         PDL=early,
-        num_warps=4,
-        num_stages=3,
-        **({"launch_pdl": True} if early else {}),
+        num_warps=ROW_SHAPE[0],
+        num_stages=ROW_SHAPE[1],
+        **_launch(early),
     )
 
 
@@ -307,8 +327,8 @@ def attend_tiles(
         HAS_ORDER=places_of is not None,
         HAS_WINDOW=windowed and heads.window > 0,
         FP8=cache.key_scales is not None,
-        num_warps=4,
-        num_stages=3,
+        num_warps=TILE_SHAPE[0],
+        num_stages=TILE_SHAPE[1],
     )
 
 
@@ -335,7 +355,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         PDL=early,
         num_warps=4,
         num_stages=5,
-        **({"launch_pdl": True} if early else {}),
+        **_launch(early),
     )
 
 
@@ -348,8 +368,9 @@ def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
     tops = logits.new_empty(number, chunks)
     places = torch.empty(number, chunks, dtype=torch.int32, device=logits.device)
     early = _early(logits.device)
-    options = {"launch_pdl": True} if early else {}
-    peaks_kernel[(number, chunks)](logits, tops, places, vocab, BLOCK=CHUNK, PDL=early, num_warps=8, **options)
+    peaks_kernel[(number, chunks)](
+        logits, tops, places, vocab, BLOCK=CHUNK, PDL=early, num_warps=8, **_launch(early)
+    )
     draw_kernel[(number,)](
         logits,
         tops,
@@ -370,7 +391,7 @@ def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
         BLOCK=min(8192, power_of_two(vocab)),
         PDL=early,
         num_warps=16,
-        **options,
+        **_launch(early),
     )
 
 
@@ -394,6 +415,11 @@ def _cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def power_of_two(n: int) -> int:
     """The least that is not below n."""
     return 1 << (n - 1).bit_length()
+
+
+def _launch(early: bool) -> dict[str, bool]:
+    """Options of a launch that may begin while the kernel before it runs."""
+    return {"launch_pdl": True} if early else {}
 
 
 def _early(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ piece go through a dense copy and the vendor's product.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class Part:
     def few(self, x: Tensor) -> Tensor:
         """x (M, places), any M -> (M, N), FEW rows at a time."""
         if self.packed is not None:
-            blocks = [matmul(block, self.packed) for block in x.split(FEW)]
+            blocks = [matmul(block, self.packed) for block in torch.split(x, FEW)]
             return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         assert self.weight is not None
         y = x.new_empty(x.shape[0], self.weight.shape[0])
@@ -70,11 +70,32 @@ class Part:
 
     def many(self, x: Tensor) -> Tensor:
         """The same through a dense copy and the vendor's product."""
-        weight = self.dense(x.dtype)
-        bias = self.bias if self.packed is None else self.packed.tiled.bias
-        if self.packed is not None and self.packed.tiled.order is not None:
-            x = x.index_select(1, self.packed.tiled.order.clamp(min=0).long())
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return self.product(x, self.dense(x.dtype))
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (M, K) times what `dense` gave, bias added."""
+        bias = self._bias
+        return torch.nn.functional.linear(self._read(x), weight, None if bias is None else bias.to(x.dtype))
+
+    def add(self, x: Tensor, times: float, residual: Tensor) -> None:
+        """residual (M, N) float32 += times * product, in float32 throughout: nothing overflows."""
+        weight, x = self.dense(x.dtype), self._read(x)
+        if residual.device.type == "cuda":
+            torch.ops.aten.addmm.dtype_out(
+                residual, x, weight.T, torch.float32, beta=1, alpha=times, out=residual
+            )
+        else:
+            residual.addmm_(x.float(), weight.T.float(), alpha=times)
+        if self._bias is not None:
+            residual += self._bias.float() * times
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return self.bias if self.packed is None else self.packed.tiled.bias
+
+    def _read(self, x: Tensor) -> Tensor:
+        """x as the columns of the dense weight lie."""
+        return x if self.order is None else x.index_select(1, self.order.clamp(min=0).long())
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (N, places) in `dtype`."""
@@ -106,6 +127,19 @@ class Projection:
         """The same through a dense copy; the bits depend on M."""
         results = [part.many(x) for part in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def add(self, x: Tensor, times: float, residual: Tensor) -> None:
+        """residual (M, outputs) float32 += the product through a dense copy, times `times`; one part only."""
+        (part,) = self.parts
+        part.add(x, times, residual)
+
+    def chunks(self, x: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+        """The product through one dense copy, so many rows at a time."""
+        weights = [part.dense(x.dtype) for part in self.parts]
+        for begin in range(0, x.shape[0], rows):
+            at = slice(begin, begin + rows)
+            results = [p.product(x[at], w) for p, w in zip(self.parts, weights, strict=True)]
+            yield at, results[0] if len(results) == 1 else torch.cat(results, 1)
 
     @property
     def place_of(self) -> Tensor | None:
@@ -159,9 +193,7 @@ def stack(linears: Sequence[PackedLinear]) -> PackedLinear | None:
     )
     if not same:
         return None
-    zeros = torch.cat(
-        [unpack_zeros(p.qzeros, p.bits, p.out_features, p.checkpoint_format) for p in linears]
-    )
+    zeros = torch.cat([unpack_zeros(p.qzeros, p.bits, p.out_features, p.checkpoint_format) for p in linears])
     bias = None
     if any(p.bias is not None for p in linears):
         bias = torch.cat([p.scales.new_zeros(p.out_features) if p.bias is None else p.bias for p in linears])

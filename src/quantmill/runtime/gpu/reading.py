@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from statistics import median
 
@@ -16,14 +17,12 @@ def read_rate(nbytes: int = 1 << 31) -> float:
 
     words = torch.randint(-9, 9, (nbytes // 4,), dtype=torch.int32, device="cuda")
     x, y = torch.zeros(2, 4096, dtype=torch.int32, device="cuda")
-    times = [
-        graph_ms(
-            lambda b=b, r=r, w=w: read_kernel[(-(-len(words) // (b * r)),)](
-                words, x, y, len(words), b, r, False, num_warps=w
-            )
-        )
-        for b, r, w in SHAPES
-    ]
+
+    def read(block: int, rounds: int, warps: int) -> None:
+        grid = (-(-len(words) // (block * rounds)),)
+        read_kernel[grid](words, x, y, len(words), block, rounds, False, num_warps=warps)
+
+    times = [graph_ms(functools.partial(read, *shape)) for shape in SHAPES]
     return nbytes / min(times) * 1e3
 
 

@@ -68,6 +68,6 @@ def compare(probes: Sequence[Probe], places: Sequence[Tensor], x: Tensor, y: Ten
         error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-20))
         if not error < TOLERANCE[x.dtype]:
             raise QuantmillError(
-                f"{one.module}: its kernel ({how}) is off by {error:.2g} on this GPU, the model is refused: report it, "
-                f"or use --device cpu"
+                f"{one.module}: its kernel ({how}) is off by {error:.2g} on this GPU, so the model is refused: "
+                "use --device cpu, and report it"
             )

@@ -46,9 +46,7 @@ class Inputs:
 
     def rows(self, count: int) -> Rows:
         """Views of the device's buffer for a step of `count` rows."""
-        tokens, positions, sequences = (
-            self.there[i * MOST_ROWS : i * MOST_ROWS + count] for i in range(3)
-        )
+        tokens, positions, sequences = (self.there[i * MOST_ROWS : i * MOST_ROWS + count] for i in range(3))
         pages = self.there[3 * MOST_ROWS :].view(MOST_ROWS, self._lines)
         return Rows(tokens, positions, sequences, pages)
 
@@ -73,7 +71,7 @@ class Inputs:
         sent = 3 * MOST_ROWS + len(pieces) * self._lines
         self.there[:sent].copy_(host[:sent], non_blocking=True)
         if self.there.device.type == "cuda":
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._arrived[self._turn] = event
 

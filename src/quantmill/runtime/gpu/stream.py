@@ -80,7 +80,7 @@ class _Reader:
             return
         here = torch.empty(self._rows, dtype=torch.int32, pin_memory=True)
         here.copy_(there, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._asked.append((here, event))
 
@@ -106,9 +106,7 @@ def _begin(steps: Steps, pieces: Sequence[Piece], states: Sequence[SamplerState]
     draws.steps.zero_()
 
 
-def _send_numbers(
-    steps: Steps, states: Sequence[SamplerState], starts: Sequence[int], first: int
-) -> None:
+def _send_numbers(steps: Steps, states: Sequence[SamplerState], starts: Sequence[int], first: int) -> None:
     """Random numbers for the stream's draws `first` ... `first + HALF - 1`. `starts`: of each answer, before it."""
     if all(s.greedy for s in states):
         return
@@ -127,14 +125,16 @@ def _number(state: SamplerState, step: int) -> float:
     return then.uniform()
 
 
-def _check(
-    runtime: Runtime, pieces: Sequence[Piece], states: Sequence[SamplerState], most: int
-) -> None:
+def _check(runtime: Runtime, pieces: Sequence[Piece], states: Sequence[SamplerState], most: int) -> None:
     if not 0 < len(pieces) <= runtime.facts.max_pieces or len(states) != len(pieces):
-        raise BadRequest(f"a stream takes 1 to {runtime.facts.max_pieces} prompts, each with its sampler's state")
+        raise BadRequest(
+            f"a stream takes 1 to {runtime.facts.max_pieces} prompts, each with its sampler's state"
+        )
     for piece, state in zip(pieces, states, strict=True):
         if not can_stream(state.params) or not state.plain or state.wants_logprob:
-            raise BadRequest("a stream draws by temperature, top_k and top_p alone: use forward and a sampler")
+            raise BadRequest(
+                "a stream draws by temperature, top_k and top_p alone: use forward and a sampler"
+            )
         end = piece.start + len(piece.tokens) + most - 1
         if end > min(runtime.facts.context, len(piece.pages) * PAGE):
             raise BadRequest(f"prompt and answer may take {end} tokens: give pages and a context for so many")

@@ -1,4 +1,4 @@
-"""The slow twins of ops.py in plain torch, on any device, with the same arguments. Tests compare; nothing else runs them."""
+"""The slow twins of ops.py in plain torch, on any device, with the same arguments. For tests alone."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _drawn(line: Tensor, draws: Draws, i: int, uniform: float) -> int:
 def _turned(qkv: Tensor, heads: Heads, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (rows, H, D) and keys (rows, KVH, D) turned, rounded as the kernels do; values as they are."""
     rows = qkv.float().view(qkv.shape[0], -1, heads.size)
-    queries, keys, values = rows.split([heads.count, heads.kv, heads.kv], 1)
+    queries, keys, values = torch.split(rows, [heads.count, heads.kv, heads.kv], 1)
     if heads.query_norm is not None and heads.key_norm is not None:
         queries = _head_normed(queries, heads.query_norm, heads.epsilon)
         keys = _head_normed(keys, heads.key_norm, heads.epsilon)

@@ -24,7 +24,7 @@ class Uploader:
             return tensor.to(self._device)
         there = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         source, target = (t.contiguous().view(-1).view(torch.uint8) for t in (tensor, there))
-        for part, goal in zip(source.split(BUFFER), target.split(BUFFER), strict=True):
+        for part, goal in zip(torch.split(source, BUFFER), torch.split(target, BUFFER), strict=True):
             self._send(part, goal)
         return there
 
@@ -38,6 +38,6 @@ class Uploader:
         buffer = self._buffers[self._turn][: len(part)]
         buffer.copy_(part)
         goal.copy_(buffer, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._through[self._turn] = event

@@ -156,7 +156,7 @@ def _block(reader: _Reader, name: str, settings: Settings) -> Block:
         mlp_norm=mlp_norm,
         gate_up=gate_up,
         down=down,
-        shrink=1.0 if reader.dtype == torch.bfloat16 else shrink_for(gate_up, mlp_norm),
+        shrink=1.0 if reader.dtype == torch.bfloat16 else shrink_for(gate_up, mlp_norm, down),
         reorder=order,
         modules=modules,
     )
@@ -173,20 +173,29 @@ def _modules(name: str, sizes: Dimensions) -> tuple[tuple[tuple[str, int], ...],
     )
 
 
-def shrink_for(gate_up: Projection, norm: Tensor) -> float:
-    """The power of two S for which |silu(gate) * up| / S is below 65504 whatever the text.
+def shrink_for(gate_up: Projection, norm: Tensor, down: Projection) -> float:
+    """The power of two S for which silu(gate) * up / S and what `down` makes of it fit fp16, whatever the text.
 
     After RMSNorm an input's length is at most sqrt(K) before `norm`, so |gate_n| <= sqrt(K) |W_n * norm|
-    (Cauchy and Schwarz), and silu(x) <= x in size.
+    (Cauchy and Schwarz), and silu(x) <= x in size; |down_n| <= |W_n * these bounds|, summed without signs.
     """
-    lengths: list[Tensor] = []
-    for part in gate_up.parts:
-        weight = part.dense(torch.float16)
-        gain = gathered(norm, gate_up.order if part.order is None else part.order)
-        lengths += [torch.linalg.vector_norm(rows.float() * gain, dim=1) for rows in weight.split(2048)]
-    gate, up = torch.cat(lengths).chunk(2)
-    most = float((gate * up).max()) * norm.shape[0]
-    return 2.0 ** max(0, math.ceil(math.log2(max(most, 1.0) / MOST)))
+    gate, up = _lengths(gate_up, norm).chunk(2)
+    inner = gate * up * norm.shape[0]
+    (part,) = down.parts
+    spread = gathered(inner, part.order)
+    rows = torch.split(part.dense(torch.float16), 1024)
+    most = torch.stack([(w.abs().float() @ spread).max() for w in rows] + [inner.max()]).max()
+    return 2.0 ** max(0, math.ceil(math.log2(max(float(most), 1.0) / MOST)))
+
+
+def _lengths(projection: Projection, gains: Tensor) -> Tensor:
+    """|W_n * gains| of every output."""
+    found: list[Tensor] = []
+    for part in projection.parts:
+        own = gathered(gains, projection.order if part.order is None else part.order)
+        rows = torch.split(part.dense(torch.float16), 2048)
+        found += [torch.linalg.vector_norm(w.float() * own, dim=1) for w in rows]
+    return torch.cat(found)
 
 
 def gathered(vector: Tensor, order: Tensor | None) -> Tensor:

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-import importlib.util
-from typing import TYPE_CHECKING, Any
+import hmac
+from typing import TYPE_CHECKING
 
 from quantmill.errors import BadRequest
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from quantmill.serve.models import ModelService
+    from quantmill.serve.settings import ServeSettings
     from quantmill.serve.ui.desk import Desk
 
 PATH = "/ui"
 
 
-def mount(app: Any, desk: Desk) -> Any:
-    """Put the page under /ui of an ASGI app. Raises BadRequest where gradio is not installed."""
-    if importlib.util.find_spec("gradio") is None:
-        raise BadRequest("the web UI needs gradio: pip install 'quantmill[ui]', or leave --ui out")
-    import gradio as gr
+def mount(app: Starlette, service: ModelService) -> None:
+    """Put the page over a server's models under /ui. Raises BadRequest where gradio is not installed."""
+    from quantmill.serve.ui.live import LiveDesk
 
+    settings = app.state.server.settings
+    put(app, LiveDesk(service, settings), settings)
+
+
+def put(app: Starlette, desk: Desk, settings: ServeSettings) -> None:
+    """Put the page over any desk under /ui; where the server has keys, a key is the password."""
+    try:
+        import gradio as gr
+    except ModuleNotFoundError:
+        raise BadRequest("the web UI needs gradio: pip install 'quantmill[ui]', or leave --ui out") from None
     from quantmill.serve.ui.page import CSS, build, theme
 
     blocks = build(desk)
     blocks.queue(default_concurrency_limit=8)
-    return gr.mount_gradio_app(app, blocks, path=PATH, theme=theme(), css=CSS, ssr_mode=False)
+    keys = (*settings.api_keys, *settings.admin_keys)
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path=PATH,
+        theme=theme(),
+        css=CSS,
+        ssr_mode=False,
+        auth=(lambda _, password: _is_key(password, keys)) if keys else None,
+        auth_message="any name; the password is the server's API key" if keys else None,
+    )
+
+
+def _is_key(password: str, keys: tuple[str, ...]) -> bool:
+    """Every key is compared, so that the time it takes tells nothing."""
+    right = [hmac.compare_digest(password.encode(), key.encode()) for key in keys]
+    return any(right)

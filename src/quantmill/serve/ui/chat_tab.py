@@ -204,12 +204,14 @@ class _Talk:
             yield asked.messages, asked.raw, status, asked.key, self._list(asked.key), self._prompt(asked)
 
     def _begin(self, asked: _Asked, go_on: bool) -> Answer:
-        if not asked.model:
+        loaded = loaded_names(self.room.desk.loaded())
+        if not loaded:
             raise BadRequest("no model is loaded: pick one on the tab Model")
+        model = asked.model if asked.model in loaded else loaded[-1]
         params = sampling_params(asked.sampling)
         if asked.mode == RAW:
-            return self.room.desk.go_on(asked.model, asked.raw, params)
-        return self.room.desk.answer(asked.model, asked.with_system, params, go_on=go_on)
+            return self.room.desk.go_on(model, asked.raw, params)
+        return self.room.desk.answer(model, asked.with_system, params, go_on=go_on)
 
     def open(self, key: str | None) -> tuple[Any, ...]:
         """A conversation of before."""
@@ -251,7 +253,9 @@ class _Talk:
 def refresh(room: Room) -> Any:
     """The chooser of models, as they are loaded now."""
     names = loaded_names(room.desk.loaded())
-    return gr.update(choices=names, value=names[-1] if names else None)
+    if not names:  # on a page that has just been opened a model may be on its way
+        return gr.update(choices=[])
+    return gr.update(choices=names, value=names[-1])
 
 
 def conversations(room: Room) -> Any:

@@ -143,7 +143,8 @@ class _Models:
             if not name:
                 raise BadRequest("no model is picked: pick the one that is to go")
             self.room.desk.unload(name)
-        return f"**{name}** is unloaded.", chat_tab.refresh(self.room)
+        left = [m.name for m in self.room.desk.loaded()]
+        return f"**{name}** is unloaded.", gr.update(choices=left, value=left[-1] if left else None)
 
     def save(self, name: str, system: str, *values: Any) -> str:
         with told():

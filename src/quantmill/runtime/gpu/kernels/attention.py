@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantmill.runtime.gpu.kernels.rotary import load_block, rotated, store_vector
+from quantmill.runtime.gpu.kernels.rotary import load_block, prefetch_block, rotated, store_vectors, turns
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -62,6 +62,16 @@ def _absorb(
 
 
 @triton.jit
+def _put(out, result, row, heads, here, d, places, places_of, D: tl.constexpr, HAS_ORDER: tl.constexpr):
+    """Results (heads, D) of one row to where the next linear reads them."""
+    place = heads[:, None] * D + d[None, :]
+    mask = here[:, None] & (d < D)[None, :]
+    if HAS_ORDER:
+        place = tl.load(places_of + place, mask=mask, other=0)
+    tl.store(out + row.to(tl.int64) * places + place, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["least"])
 def rows_kernel(
     qkv,  # (rows, (H + 2 KVH) * D) fp16 or bf16, nothing rotated yet
     query_norm,  # (D,) float32; these two not read unless HAS_NORM
@@ -77,26 +87,28 @@ def rows_kernel(
     pages,  # (sequences, stride) int32
     out,  # (rows, places) as qkv
     places_of,  # (H * D,) int32: where an element goes; not read unless HAS_ORDER
-    sums,  # (rows, KVH, PARTS, G, D) float32
-    tops,  # (rows, KVH, PARTS, G, 2) float32: maximum, sum
+    sums,  # (rows, KVH, parts, G, D) float32
+    tops,  # (rows, KVH, parts, G, 2) float32: maximum, sum
     arrived,  # (rows, KVH) int32 zeros, zeros again afterwards
     window,  # positions that a row sees, its own counted
     page_stride,
     places,
+    least,  # pages that a part takes at least
     SCALE: tl.constexpr,
     H: tl.constexpr,
     KVH: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,  # at least H / KVH and 16, a power of two
+    GROUP: tl.constexpr,  # at least H / KVH, a power of two
+    PARTS: tl.constexpr,  # into which a row's text is cut at most, a power of two
     PAGE: tl.constexpr,
-    PARTS: tl.constexpr,
-    LEAST: tl.constexpr,  # pages that a part takes at least
     EPSILON: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     FP8: tl.constexpr,
     WRITES: tl.constexpr,  # the row's own key and value are put into the cache here, else they are there
+    AHEAD: tl.constexpr,  # pages asked for before anything else where PDL
     PDL: tl.constexpr,
 ):
     """One program: the queries that share one key head, for one row, over one part of its text."""
@@ -108,7 +120,7 @@ def rows_kernel(
     first_seen = tl.maximum(position - window + 1, 0)
     first_page = first_seen // PAGE
     count = position // PAGE + 1 - first_page
-    share = tl.maximum(tl.cdiv(count, PARTS), LEAST)
+    share = tl.maximum(tl.cdiv(count, PARTS), least)
     parts = tl.cdiv(count, share)
     if (position < 0) | (part >= parts):
         if PDL:
@@ -120,23 +132,29 @@ def rows_kernel(
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (g < G)[:, None] & (d < D)[None, :]
-    angle = position.to(tl.int64) * (D // 2)
-    if PDL:
+    cosine, sine = turns(cosines, position, d, D), turns(sines, position, d, D)
+    page = tl.load(line + begin)  # one ahead of its use, so that no address waits for it
+    if PDL:  # what earlier steps have written does not depend on the kernel before this one
+        if BLOCK_D == D:
+            for number in tl.range(begin, tl.minimum(end, begin + AHEAD)):
+                ahead = (tl.load(line + number).to(tl.int64) * KVH + head) * PAGE
+                prefetch_block(keys, ahead, D, PAGE)
+                prefetch_block(values, ahead, D, PAGE)
         gdc_wait()
     source = qkv + row.to(tl.int64) * ((H + 2 * KVH) * D)
     mine = source + (head * G + g)[:, None] * D
-    q = rotated(mine, query_norm, cosines + angle, sines + angle, d, inside, D, EPSILON, HAS_NORM)
+    q = rotated(mine, query_norm, cosine, sine, d, inside, D, EPSILON, HAS_NORM)
     q = q.to(qkv.dtype.element_ty)
-    if WRITES:
+    if WRITES:  # noqa: SIM102  # the first is decided when it is compiled
         if part == parts - 1:
-            page = tl.load(line + position // PAGE)
-            slot = (page.to(tl.int64) * KVH + head) * PAGE + position % PAGE
+            newest = tl.load(line + position // PAGE).to(tl.int64)
+            slot = (newest * KVH + head) * PAGE + position % PAGE
             own = source + (H + head) * D
             one = (d < D)[None, :]
-            key = rotated(own, key_norm, cosines + angle, sines + angle, d, one, D, EPSILON, HAS_NORM)
-            store_vector(keys, key_scales, slot, key, d, D, FP8)
+            key = rotated(own, key_norm, cosine, sine, d, one, D, EPSILON, HAS_NORM)
+            store_vectors(keys, key_scales, slot, key, True, d, D, FP8)
             value = tl.load(own + KVH * D + d[None, :], mask=one, other=0.0).to(tl.float32)
-            store_vector(values, value_scales, slot, value, d, D, FP8)
+            store_vectors(values, value_scales, slot, value, True, d, D, FP8)
             tl.debug_barrier()  # this program reads what it has written
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -144,8 +162,8 @@ def rows_kernel(
     low = tl.full((ROWS,), 0, tl.int32) + first_seen
     high = tl.full((ROWS,), 0, tl.int32) + position
     for number in tl.range(begin, end):
-        page = tl.load(line + number)
         slot = (page.to(tl.int64) * KVH + head) * PAGE
+        page = tl.load(line + number + 1, mask=number + 1 < end, other=0)
         most, total, mixed = _absorb(
             q, most, total, mixed, slot, number * PAGE, low, high, keys, values, key_scales, value_scales, d,
             SCALE, D, BLOCK_D, PAGE, FP8, True,
@@ -161,26 +179,23 @@ def rows_kernel(
         if tl.atomic_add(arrived + row * KVH + head, 1, sem="acq_rel") != parts - 1:
             return
         tl.store(arrived + row * KVH + head, 0)
-        most = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        mixed = tl.zeros((ROWS, BLOCK_D), tl.float32)
-        for other in tl.range(0, parts):
-            line_at = (base + other) * G + g
-            top_other = tl.load(tops + line_at * 2, mask=g < G, other=0.0, cache_modifier=".cg")
-            sum_other = tl.load(tops + line_at * 2 + 1, mask=g < G, other=1.0, cache_modifier=".cg")
-            part_other = tl.load(
-                sums + line_at[:, None] * D + d[None, :], mask=inside, other=0.0, cache_modifier=".cg"
-            )
-            new = tl.maximum(most, top_other)
-            old_share, new_share = tl.exp2(most - new), tl.exp2(top_other - new)
-            total = total * old_share + sum_other * new_share
-            mixed = mixed * old_share[:, None] + part_other * new_share[:, None]
-            most = new
-    result = (mixed / total[:, None]).to(out.dtype.element_ty)
-    place = (head * G + g)[:, None] * D + d[None, :]
-    if HAS_ORDER:
-        place = tl.load(places_of + place, mask=inside, other=0)
-    tl.store(out + row.to(tl.int64) * places + place, result, mask=inside)
+        # All parts at once: one wait for memory. Those that are not there weigh nothing.
+        p, few = tl.arange(0, PARTS), tl.arange(0, GROUP)
+        there = (p < parts)[:, None] & (few < G)[None, :]
+        line_at = (base + p)[:, None] * G + few[None, :]
+        top_of = tl.load(tops + line_at * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sum_of = tl.load(tops + line_at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        parts_at = sums + line_at[:, :, None] * D + d[None, None, :]
+        kept = there[:, :, None] & (d < D)[None, None, :]
+        part_of = tl.load(parts_at, mask=kept, other=0.0, cache_modifier=".cg")
+        highest = tl.max(top_of, 0)
+        highest = tl.where(highest == float("-inf"), 0.0, highest)
+        share_of = tl.exp2(top_of - highest[None, :])
+        whole = tl.maximum(tl.sum(sum_of * share_of, 0), 1e-30)
+        merged = tl.sum(part_of * share_of[:, :, None], 0) / whole[:, None]
+        _put(out, merged, row, head * G + few, few < G, d, places, places_of, D, HAS_ORDER)
+    else:
+        _put(out, mixed / total[:, None], row, head * G + g, g < G, d, places, places_of, D, HAS_ORDER)
 
 
 @triton.jit
@@ -224,13 +239,14 @@ def tile_kernel(
     inside = (t < count)[:, None] & (d < D)[None, :]
     row = (first_row + t).to(tl.int64)
     mine = qkv + row[:, None] * ((H + 2 * KVH) * D) + (head * G + g)[:, None] * D
-    angle = (start + tl.minimum(t, count - 1)).to(tl.int64)[:, None] * (D // 2)
-    q = rotated(mine, query_norm, cosines + angle, sines + angle, d, inside, D, EPSILON, HAS_NORM)
+    at = start + tl.minimum(t, count - 1)
+    cosine, sine = turns(cosines, at[:, None], d, D), turns(sines, at[:, None], d, D)
+    q = rotated(mine, query_norm, cosine, sine, d, inside, D, EPSILON, HAS_NORM)
     q = q.to(qkv.dtype.element_ty)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    high = start + tl.minimum(t, count - 1)
+    high = at
     low = tl.maximum(high - window + 1, 0)
     end = (start + count - 1) // PAGE + 1
     begin = 0
@@ -238,16 +254,17 @@ def tile_kernel(
     if HAS_WINDOW:
         begin = tl.maximum(start - window + 1, 0) // PAGE
         edge = begin
+    page = tl.load(line + begin)  # one ahead of its use, so that no address waits for it
     for number in tl.range(begin, edge):
-        page = tl.load(line + number)
         slot = (page.to(tl.int64) * KVH + head) * PAGE
+        page = tl.load(line + number + 1, mask=number + 1 < end, other=0)
         most, total, mixed = _absorb(
             q, most, total, mixed, slot, number * PAGE, low, high, keys, values, key_scales, value_scales, d,
             SCALE, D, BLOCK_D, PAGE, FP8, False,
         )  # fmt: skip
     for number in tl.range(edge, end):
-        page = tl.load(line + number)
         slot = (page.to(tl.int64) * KVH + head) * PAGE
+        page = tl.load(line + number + 1, mask=number + 1 < end, other=0)
         most, total, mixed = _absorb(
             q, most, total, mixed, slot, number * PAGE, low, high, keys, values, key_scales, value_scales, d,
             SCALE, D, BLOCK_D, PAGE, FP8, True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -23,11 +24,17 @@ def norm_kernel(
     HAS_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least K
     BLOCK_OUT: tl.constexpr,  # the same of places
+    PDL: tl.constexpr,
 ):
     """One program: one row's residual and its norm in the order in which the next linear reads it."""
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     here = k < K
+    weight = tl.load(gain + k, mask=here, other=0.0)  # depends on no kernel before this one
+    if PDL:
+        gdc_wait()
     if EMBED:
         token = tl.load(tokens + row).to(tl.int64)
         x = tl.load(added + token * K + k, mask=here, other=0.0).to(tl.float32)
@@ -47,7 +54,7 @@ def norm_kernel(
         x = x * scale * tl.load(gain + source, mask=source >= 0, other=0.0)
         tl.store(out + row * places + place, x.to(out.dtype.element_ty), mask=inside)
     else:
-        x = x * scale * tl.load(gain + k, mask=here, other=0.0)
+        x = x * scale * weight
         tl.store(out + row * K + k, x.to(out.dtype.element_ty), mask=here)
 
 
@@ -58,8 +65,12 @@ def silu_kernel(
     N,
     scale,  # a power of two that keeps products within fp16
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """silu(gate) * up * scale for BLOCK places of one row."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = n < N

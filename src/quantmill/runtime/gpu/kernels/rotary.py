@@ -1,4 +1,4 @@
-"""Rotary embedding and the paged cache: one head of one row at a time. Knows no attention.
+"""Rotary embedding and the paged cache: one head of some rows at a time. Knows no attention.
 
 The cache of a layer is (pages, key heads, PAGE, head_dim); in eight bits each key and each value has a float16
 scale of its own, (pages, key heads, PAGE).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FP8_MOST = tl.constexpr(448.0)  # of float8 e4m3
 
@@ -16,8 +17,8 @@ FP8_MOST = tl.constexpr(448.0)  # of float8 e4m3
 def rotated(
     source,  # pointer to the first element of a head, (rows, 1) or a scalar
     norm,  # (D,) float32; not read unless HAS_NORM
-    cosines,  # pointer to the row's (D / 2,) float32
-    sines,
+    cosine,  # (rows or 1, D) float32
+    sine,
     d,
     mask,
     D: tl.constexpr,
@@ -35,20 +36,25 @@ def rotated(
         here = d < D
         value = value * scale * tl.load(norm + d, mask=here, other=0.0)[None, :]
         other = other * scale * tl.load(norm + partner, mask=here, other=0.0)[None, :]
-    cosine = tl.load(cosines + d[None, :] % HALF, mask=(d < D)[None, :], other=0.0)
-    sine = tl.load(sines + d[None, :] % HALF, mask=(d < D)[None, :], other=0.0)
     return value * cosine + other * sine * sign[None, :]
 
 
 @triton.jit
-def store_vector(cache, scales, slot, value, d, D: tl.constexpr, FP8: tl.constexpr):
-    """One head's key or value (1, D) float32 into the cache at `slot` (in units of heads)."""
-    at = cache + slot * D + d[None, :]
-    mask = (d < D)[None, :]
+def turns(table, positions, d, D: tl.constexpr):
+    """Cosines or sines (rows or 1, D) of positions, (rows, 1) or a number."""
+    at = positions.to(tl.int64) * (D // 2) + d[None, :] % (D // 2)
+    return tl.load(table + at, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_vectors(cache, scales, slots, value, here, d, D: tl.constexpr, FP8: tl.constexpr):
+    """Keys or values (rows or 1, D) float32 of one head into the cache at `slots`, (rows, 1) or a number."""
+    at = cache + slots * D + d[None, :]
+    mask = (d < D)[None, :] & here
     if FP8:
-        most = tl.max(tl.max(tl.abs(value), 1), 0)
+        most = tl.max(tl.abs(value), 1)[:, None]
         scale = tl.maximum(most / FP8_MOST, 1e-6).to(tl.float16)
-        tl.store(scales + slot, scale)
+        tl.store(scales + slots + tl.zeros_like(most).to(tl.int64), scale, mask=here)
         small = value / scale.to(tl.float32)
         small = tl.minimum(tl.maximum(small, -FP8_MOST), FP8_MOST)
         tl.store(at, small.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=mask)
@@ -84,6 +90,16 @@ def load_block(
 
 
 @triton.jit
+def prefetch_block(cache, first, D: tl.constexpr, N: tl.constexpr):
+    """Ask for N vectors that lie side by side: they travel to the L2 cache, nothing waits for them."""
+    LINE: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)  # elements of a line of it
+    at = cache + first * D + tl.arange(0, N * D // LINE) * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def cache_kernel(
     qkv,  # (rows, (H + 2 KVH) * D) fp16 or bf16
     key_norm,  # (D,) float32; not read unless HAS_NORM
@@ -97,6 +113,7 @@ def cache_kernel(
     sequences,  # (rows,) int32: the row's line in `pages`
     pages,  # (sequences, stride) int32
     page_stride,
+    rows,
     H: tl.constexpr,
     KVH: tl.constexpr,
     D: tl.constexpr,
@@ -105,19 +122,25 @@ def cache_kernel(
     EPSILON: tl.constexpr,
     HAS_NORM: tl.constexpr,
     FP8: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One program writes one key head's key and value of one row into the cache."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    position = tl.load(positions + row)
-    if position < 0:
-        return
+    """One program writes one key head's keys and values of BLOCK rows into the cache."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    position = tl.load(positions + row, mask=row < rows, other=-1)
+    here = position >= 0
+    position = tl.maximum(position, 0)
     d = tl.arange(0, BLOCK_D)
-    mask = (d < D)[None, :]
-    page = tl.load(pages + tl.load(sequences + row) * page_stride + position // PAGE)
-    slot = (page.to(tl.int64) * KVH + head) * PAGE + position % PAGE
-    source = qkv + row.to(tl.int64) * ((H + 2 * KVH) * D) + (H + head) * D
-    angle = position.to(tl.int64) * (D // 2)
-    key = rotated(source, key_norm, cosines + angle, sines + angle, d, mask, D, EPSILON, HAS_NORM)
-    store_vector(keys, key_scales, slot, key, d, D, FP8)
+    mask = here[:, None] & (d < D)[None, :]
+    line = tl.load(sequences + row, mask=here, other=0)
+    page = tl.load(pages + line * page_stride + position // PAGE, mask=here, other=0)
+    slot = ((page.to(tl.int64) * KVH + head) * PAGE + position % PAGE)[:, None]
+    source = qkv + row.to(tl.int64)[:, None] * ((H + 2 * KVH) * D) + (H + head) * D
+    cosine, sine = turns(cosines, position[:, None], d, D), turns(sines, position[:, None], d, D)
+    key = rotated(source, key_norm, cosine, sine, d, mask, D, EPSILON, HAS_NORM)
+    store_vectors(keys, key_scales, slot, key, here[:, None], d, D, FP8)
     value = tl.load(source + KVH * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    store_vector(values, value_scales, slot, value, d, D, FP8)
+    store_vectors(values, value_scales, slot, value, here[:, None], d, D, FP8)
