@@ -129,7 +129,9 @@ def main() -> None:
     )
     for file in files:
         peer = report(f"llama.cpp, {file.suffixes[-2].lstrip('.')}", peers[file])
-        print(f"    ratio: prefill {speed.prefill / peer.prefill:.2f}  decode {speed.decode / peer.decode:.2f}")
+        print(
+            f"    ratio: prefill {speed.prefill / peer.prefill:.2f}  decode {speed.decode / peer.decode:.2f}"
+        )
     for sequences in asked.batch:
         print(f"{sequences} sequences together: {batched(runtime, sequences):.0f} tok/s")
 

@@ -1,4 +1,4 @@
-"""Speed of the GPU decoder on a Mistral-7B-shaped model beside the floors of the same machine. Needs one NVIDIA GPU.
+"""Speed of the GPU decoder on a Mistral-7B-shaped model beside the floors of the same machine. Needs a GPU.
 
     python benchmarks/gpu_decode.py [--bits 4] [--group 128] [--act-order] [--layers 32] [--quick] [--json FILE]
 
@@ -16,19 +16,19 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantmill.formats.config import config_to_json
 from quantmill.formats.container import write_file
 from quantmill.runtime.gpu.decoder import GpuRuntime
+from quantmill.runtime.gpu.kernels.reading import read_kernel
+from quantmill.runtime.gpu.reading import graph_ms, median_ms
+from quantmill.runtime.gpu.steps import Kind, bucket_of
 from quantmill.runtime.interface import PAGE, Piece
-from quantmill.types import ActOrder, QuantConfig
+from quantmill.runtime.sampling import SamplerState
+from quantmill.types import ActOrder, QuantConfig, SamplingParams
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD, VOCAB = 4096, 14336, 32, 8, 128, 32000
 SHAPES = {
@@ -96,47 +96,12 @@ def write_checkpoint(folder: Path, config: QuantConfig, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps({**model.to_dict(), "quantization_config": quant}))
 
 
-@triton.jit
-def read_kernel(source, x, sink, n, BLOCK: tl.constexpr, ROUNDS: tl.constexpr, PDL: tl.constexpr):
-    """Reads BLOCK * ROUNDS words before it waits for the kernel before it, then what that one wrote."""
-    if PDL:
-        gdc_launch_dependents()
-    at = tl.program_id(0).to(tl.int64) * BLOCK * ROUNDS + tl.arange(0, BLOCK)
-    seen = tl.load(source + at, mask=at < n, other=0, eviction_policy="evict_first")
-    for i in tl.static_range(1, ROUNDS):
-        seen ^= tl.load(source + at + i * BLOCK, mask=at + i * BLOCK < n, other=0, eviction_policy="evict_first")
-    total = tl.sum(seen, 0)
-    if PDL:
-        gdc_wait()
-    other = tl.sum(tl.load(x + tl.arange(0, 4096)), 0)
-    tl.store(sink + tl.program_id(0) % 4096, (total + other) & 1023)
-
-
-def graph_ms(body: Any) -> float:
-    """Median milliseconds of a captured body."""
-    body()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    return median_ms(graph.replay, REPLAYS)
-
-
-def median_ms(call: Any, times: int) -> float:
-    found = []
-    for _ in range(times + 2):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end))
-    return median(found[2:])
-
-
 def floors(sizes: list[int], head: int, layers: int) -> dict[str, float]:
     """Milliseconds of read-only launches of these bytes: a chain, the same with PDL, and all in one."""
-    words = [[torch.randint(-9, 9, (s // 4,), dtype=torch.int32, device="cuda") for s in sizes] for _ in range(layers)]
+    words = [
+        [torch.randint(-9, 9, (s // 4,), dtype=torch.int32, device="cuda") for s in sizes]
+        for _ in range(layers)
+    ]
     last = torch.randint(-9, 9, (head // 4,), dtype=torch.int32, device="cuda")
     x, y = (torch.randint(0, 9, (4096,), dtype=torch.int32, device="cuda") for _ in "xy")
 
@@ -144,7 +109,7 @@ def floors(sizes: list[int], head: int, layers: int) -> dict[str, float]:
         pair = [x, y]
         for tensor in [t for layer in words for t in layer] + [last]:
             block, rounds, warps = big if tensor.numel() > 5_000_000 else small
-            grid = (triton.cdiv(tensor.numel(), block * rounds),)
+            grid = (-(-tensor.numel() // (block * rounds)),)
             options = {"launch_pdl": True} if early else {}
             read_kernel[grid](tensor, *pair, tensor.numel(), block, rounds, early, num_warps=warps, **options)
             pair.reverse()
@@ -153,15 +118,15 @@ def floors(sizes: list[int], head: int, layers: int) -> dict[str, float]:
     for name, early in (("plain", False), ("pdl", True)):
         found[name] = min(
             graph_ms(lambda b=b, s=s, e=early: chain(b, s, e))
-            for b in ((4096, 4, 4), (8192, 2, 8), (4096, 2, 4))
-            for s in ((1024, 4, 4), (2048, 2, 4), (2048, 4, 4))
+            for b in ((4096, 4, 4), (8192, 2, 8))
+            for s in ((1024, 4, 4), (2048, 2, 4))
         )
-    del words
+    words.clear()
     total = layers * sum(sizes) + head
     every = torch.randint(-9, 9, (total // 4,), dtype=torch.int32, device="cuda")
     found["one"] = min(
         graph_ms(
-            lambda b=b, r=r, w=w: read_kernel[(triton.cdiv(len(every), b * r),)](
+            lambda b=b, r=r, w=w: read_kernel[(-(-len(every) // (b * r)),)](
                 every, x, y, len(every), b, r, False, num_warps=w
             )
         )
@@ -176,9 +141,22 @@ def decode_ms(runtime: GpuRuntime, batch: int, context: int) -> float:
     per = -(-context // PAGE) + 1
     pieces = [Piece([7 + i], context - 1, tuple(range(i * per, (i + 1) * per))) for i in range(batch)]
     runtime.forward(pieces)
-    steps = runtime._steps
-    bucket = next(b for b in (1, 2, 4, 8, 16, 32, 64, 128, 256) if b >= batch)
-    return median_ms(lambda: steps.replay(bucket, True), REPLAYS)
+    return median_ms(lambda: runtime._steps.replay(bucket_of(batch), Kind.ALONE), REPLAYS)
+
+
+def stream_rate(runtime: GpuRuntime, context: int, temperature: float, count: int = 256) -> float:
+    """Tokens a second of a whole answer, drawn on the GPU and read by the host."""
+    params = SamplingParams(temperature, 0.95, 40, 1.0, seed=1)
+    pages = tuple(range(-(-(context + count) // PAGE)))
+    tokens = torch.randint(0, VOCAB, (context,)).tolist()
+    rates = []
+    for _ in range(3):
+        answer = runtime.stream([Piece(tokens, 0, pages)], [SamplerState(params)], count)
+        next(answer)
+        begin = time.perf_counter()
+        made = sum(1 for _ in answer)
+        rates.append(made / (time.perf_counter() - begin))
+    return max(rates)
 
 
 def prefill_ms(runtime: GpuRuntime, count: int) -> float:
@@ -205,7 +183,7 @@ def kernels_us(call: Any) -> list[tuple[str, int, float]]:
 
 def show_kernels(title: str, rows: list[tuple[str, int, float]]) -> None:
     print(title)
-    for name, count, total in rows[:12]:
+    for name, count, total in rows[:9]:
         print(f"   {name:48} {count:4} x {total / count:8.2f} us = {total:9.1f} us")
 
 
@@ -240,7 +218,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.mem_get_info()[0]
     begin = time.perf_counter()
-    runtime = GpuRuntime.from_folder(folder, context=33 * 1024, kv_tokens=40960, kv_dtype=asked.kv)
+    runtime = GpuRuntime.from_folder(folder, context=33 * 1024, kv_tokens=53248, kv_dtype=asked.kv)
     torch.cuda.synchronize()
     loaded = time.perf_counter() - begin
     runtime.forward([Piece([1], 0, (0,))]).argmax().item()
@@ -249,18 +227,20 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
     cache = runtime.facts.pages * runtime.facts.bytes_per_page
     print(
         f"{torch.cuda.get_device_name()}; {asked.bits} bits, group {asked.group}, act order {asked.act_order}; "
-        f"file {size / 1e9:.2f} GB\nloaded in {loaded:.2f} s, first token at {first:.2f} s, memory over file and cache "
-        f"{(taken - size - cache) / 1e9:.2f} GB", flush=True
-    )  # fmt: skip
+        f"file {size / 1e9:.2f} GB\nloaded in {loaded:.2f} s, first token at {first:.2f} s, "
+        f"memory over file and cache {(taken - size - cache) / 1e9:.2f} GB",
+        flush=True,
+    )
     block = runtime.model.weights.blocks[0]
     attention = 2 * 128 * KV_HEADS * HEAD * 2
     sizes = [block.qkv.nbytes, attention, block.output.nbytes, block.gate_up.nbytes, block.down.nbytes]
     floor = floors(sizes, runtime.model.weights.head.nbytes, asked.layers)
     print(
-        f"read {floor['read_gb_s']:.0f} GB/s; {runtime.facts.bytes_per_token / 1e9:.3f} GB a token; read-only launches: "
-        f"plain {1e3 / floor['plain']:.0f} tok/s, with PDL {1e3 / floor['pdl']:.0f}, all in one {1e3 / floor['one']:.0f}",
+        f"read {floor['read_gb_s']:.0f} GB/s; {runtime.facts.bytes_per_token / 1e9:.3f} GB a token; "
+        f"read-only launches: plain {1e3 / floor['plain']:.0f} tok/s, with PDL {1e3 / floor['pdl']:.0f}, "
+        f"all in one {1e3 / floor['one']:.0f}",
         flush=True,
-    )  # fmt: skip
+    )
     report: dict[str, Any] = {"floor": floor, "decode": {}, "batch": {}, "prefill": {}, "load_s": loaded}
     contexts = asked.contexts[:2] if asked.quick else asked.contexts
     base = None
@@ -274,12 +254,22 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
             f"context {context:6}: {ms:7.3f} ms {1e3 / ms:7.1f} tok/s  {share:.2f} of the read rate  "
             f"{floor['pdl'] / ms:.2f} of the PDL floor  {base / ms:.2f} of context {contexts[0]}", flush=True
         )  # fmt: skip
-    show_kernels("kernels of a step, context 128:", kernels_us(lambda: runtime._steps.replay(1, True)))
+    decode_ms(runtime, 1, contexts[0])
+    show_kernels("kernels of a step:", kernels_us(lambda: runtime._steps.replay(1, Kind.ALONE)))
+    rates = [stream_rate(runtime, contexts[0], t) for t in (0.0, 0.8)]
+    print(
+        f"whole answers at context {contexts[0]}: greedy {rates[0]:.0f} tok/s, drawn {rates[1]:.0f} tok/s",
+        flush=True,
+    )
     for batch in asked.batches:
         ms = decode_ms(runtime, batch, 128)
         report["batch"][batch] = batch * 1e3 / ms
         print(f"batch {batch:4}: {ms:8.3f} ms a step {batch * 1e3 / ms:9.0f} tok/s", flush=True)
-    show_kernels("kernels of a step, batch 64:", kernels_us(lambda: runtime._steps.replay(64, True)))
+    if 64 in asked.batches:
+        decode_ms(runtime, 64, 128)
+        show_kernels(
+            "kernels of a step, batch 64:", kernels_us(lambda: runtime._steps.replay(64, Kind.ALONE))
+        )
     for count in asked.prompts:
         ms = prefill_ms(runtime, count)
         report["prefill"][count] = count * 1e3 / ms

@@ -11,6 +11,7 @@ does not depend on layers. The floor adds up operations over rates that this pro
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import tempfile
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 
 from quantmill.architectures import dimensions, linear_shapes
 from quantmill.hub.variants import parse_variant
-from quantmill.quantize import calibration
+from quantmill.quantize import calibration, memory
+from quantmill.quantize.arithmetic import tensor_cores
 from quantmill.quantize.job import BlockFinished, Job, rows_share
 from quantmill.quantize.pipeline import peak_ram_bytes, quantize
 from quantmill.types import CalibrationSet
@@ -77,18 +79,26 @@ def rate(flops: float, run, repeats: int = 5) -> float:
     return best
 
 
+@functools.cache
 def measured_rates() -> dict[str, float]:
     """Square products of every kind that the pipeline uses."""
     rates = {}
-    for name, dtype, n in (("fp16", torch.float16, 8192), ("fp32", torch.float32, 8192), ("fp64", torch.float64, 4096)):
+    for name, dtype, n in (
+        ("fp16", torch.float16, 8192),
+        ("fp32", torch.float32, 8192),
+        ("fp64", torch.float64, 4096),
+    ):
         a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
         rates[name] = rate(2 * n**3, lambda a=a, b=b: a @ b)
+    with tensor_cores():
+        a, b = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
+        rates["tf32"] = rate(2 * 8192**3, lambda: a @ b)
     return rates
 
 
-def floor_seconds(config: dict[str, object], variants, samples: int, seqlen: int, rates: dict[str, float]) -> float:
+def floor_seconds(config: dict[str, object], variants, samples: int, seqlen: int) -> float:
     """Operations over measured rates, nothing else: one layer of every variant."""
-    d, shapes = dimensions(config), linear_shapes(config)
+    d, shapes, rates = dimensions(config), linear_shapes(config), measured_rates()
     weights = sum(s.out_features * s.in_features for s in shapes.values())
     inputs = (d.hidden, d.hidden, d.heads * d.head_dim, d.intermediate)
     square = sum(s.out_features * s.in_features**2 for s in shapes.values())
@@ -98,15 +108,17 @@ def floor_seconds(config: dict[str, object], variants, samples: int, seqlen: int
         attention = 2.0 * tokens * seqlen * d.heads * d.head_dim  # causal: half of QK and half of PV
         sixteen = 2.0 * tokens * weights + attention + sum(1.0 * tokens * k * k for k in inputs)
         refitted = v.config.bits <= 4
-        single = square * (1 + 2 * refitted)  # the column loop's feedback; W H
-        tensor = square * (4 + refitted)  # two losses; group products
-        total += sixteen / rates["fp16"] + single / rates["fp32"] + tensor / (rates["fp16"] / 2)
+        tensor = square * (1 + 4)  # the column loop's feedback, two products for the loss
+        tensor += square * (6 + 1.5) * refitted  # W H in three parts; group products in three bfloat16 parts
+        total += sixteen / rates["fp16"] + tensor / rates["tf32"]
         total += sum(k**3 / 3 for k in inputs) / rates["fp64"]
     return total
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--variant", action="append")
     parser.add_argument("--samples", type=int, default=128)
@@ -116,7 +128,7 @@ def main() -> None:
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--profile", action="store_true")
-    asked = parser.parse_args()
+    asked = parser.parse_args(words)
     scratch = Path(tempfile.mkdtemp(dir=asked.scratch))
     try:
         measure(asked, scratch)
@@ -126,13 +138,21 @@ def main() -> None:
 
 def measure(asked: argparse.Namespace, scratch: Path) -> None:
     variants = tuple(parse_variant(v) for v in asked.variant or ["4bit-128g"])
-    config = make_model(scratch / "source", asked.layers, "cuda")
     rates = measured_rates()
-    print("measured rates, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()))
-    blocks = torch.randint(0, 32000, (asked.samples, asked.seqlen), generator=torch.Generator().manual_seed(0))
+    config = make_model(scratch / "source", asked.layers, "cuda")
+    print(
+        "measured rates, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()), flush=True
+    )
+    blocks = torch.randint(
+        0, 32000, (asked.samples, asked.seqlen), generator=torch.Generator().manual_seed(0)
+    )
     data = CalibrationSet(blocks, "random", 0, calibration.fingerprint(blocks), asked.samples, 0)
     limits = {k: int(v) for k, v in (("max_vram", asked.max_vram), ("max_ram", asked.max_ram)) if v}
-    job = Job(scratch / "source", "7B shapes", scratch / "out", variants, data, asked.preset, "cuda", **limits)
+    job = Job(
+        scratch / "source", "7B shapes", scratch / "out", variants, data, asked.preset, "cuda", **limits
+    )
+    load = memory.load_of(config, variants, asked.samples, asked.seqlen, "cuda")
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     marks = []
@@ -140,6 +160,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
     def on_event(event: object) -> None:
         if isinstance(event, BlockFinished):
             marks.append((event.index, time.perf_counter() - began))
+            print(f"  {event.branch} block {event.index}: {marks[-1][1]:.2f} s", flush=True)
 
     def run():
         return quantize(job, on_event)
@@ -148,13 +169,23 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
     total = time.perf_counter() - began
     ends = [max(t for i, t in marks if i == layer) for layer in range(asked.layers)]
     layer = (ends[-1] - ends[0]) / max(1, asked.layers - 1)
-    floor = floor_seconds(config, variants, asked.samples, asked.seqlen, rates)
-    print(f"{len(variants)} variant(s), {asked.samples} x {asked.seqlen} tokens, {asked.layers} layers: first "
-          f"layer {ends[0]:.2f} s, each further {layer:.3f} s, writing {total - ends[-1]:.2f} s, all {total:.2f} s")
+    floor = floor_seconds(config, variants, asked.samples, asked.seqlen)
+    print(
+        f"{len(variants)} variant(s), {asked.samples} x {asked.seqlen} tokens, {asked.layers} layers: first "
+        f"layer {ends[0]:.2f} s, each further {layer:.3f} s, writing {total - ends[-1]:.2f} s, all {total:.2f} s"
+    )
     print(f"32 layers: {ends[0] + 31 * layer:.1f} s; floor {32 * floor:.1f} s, ratio {layer / floor:.2f}")
     gib = 2.0**30
-    print(f"peak GPU memory {torch.cuda.max_memory_allocated() / gib:.2f} GiB allocated, "
-          f"{torch.cuda.max_memory_reserved() / gib:.2f} reserved; host {peak_ram_bytes() / gib:.2f} GiB")
+    print(
+        f"peak GPU memory {torch.cuda.max_memory_allocated() / gib:.2f} GiB allocated, "
+        f"{torch.cuda.max_memory_reserved() / gib:.2f} reserved; host {peak_ram_bytes() / gib:.2f} GiB"
+    )
+    free = torch.cuda.mem_get_info()[0]
+    way = memory.choose(load, "cuda", vram=limits.get("max_vram", free), ram=limits.get("max_ram"))
+    print(
+        f"predicted for {way.name}: GPU {memory.gpu_bytes(load, way) / gib:.2f} GiB, host "
+        f"{memory.host_bytes(load, way) / gib:.2f} GiB"
+    )
     for f in done:
         print(f"{f.branch}: {f.seconds:.2f} s, losses " + " ".join(f"{m.loss:.2e}" for m in f.modules[:7]))
 

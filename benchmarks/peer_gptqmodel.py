@@ -53,7 +53,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--damp", type=float, default=0.1)
     parser.add_argument("--gar", action="store_true", help="group-aware order instead of act order")
     parser.add_argument("--asym", action="store_true")
-    parser.add_argument("--mse", type=float, default=0.0, help="power of its grid search; 0: none, its default")
+    parser.add_argument(
+        "--mse", type=float, default=0.0, help="power of its grid search; 0: none, its default"
+    )
     parser.add_argument("--gptaq", type=float, help="strength of its correction for earlier layers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, help="only the first so many blocks")

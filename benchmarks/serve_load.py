@@ -105,7 +105,10 @@ async def ask(port: int, body: bytes, cut: int | None = None) -> Told:
     """One request over a connection of its own; with `cut`, hang up after so many tokens."""
     told, began = Told(), time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     writer.write(head.encode() + body)
     last, count = began, 0
     try:
@@ -257,8 +260,8 @@ def chaos(port: int, bodies: list[bytes], args: argparse.Namespace, texts: list[
     stuck = metric(port, "quantmill_running_answers") + metric(port, "quantmill_waiting_requests")
     held = metric(port, "quantmill_kv_pages_held")
     say(
-        f"chaos     {len(cuts)} of {len(bodies)} cut off ({beginnings} right so far), {equal} of {len(whole)} others "
-        f"equal, {stuck:.0f} stuck, {held:.0f} pages lost, {seconds:.1f} s"
+        f"chaos     {len(cuts)} of {len(bodies)} cut off ({beginnings} right so far), "
+        f"{equal} of {len(whole)} others equal, {stuck:.0f} stuck, {held:.0f} pages lost, {seconds:.1f} s"
     )
     found = {"cut": len(cuts), "right_beginnings": beginnings, "whole": len(whole), "equal": equal}
     return found | {"stuck": stuck, "pages_lost": held}

@@ -79,6 +79,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Take a folder away: it loses its name at once, its content after that."""
+    folder = Path(os.path.realpath(folder))
+    gone = _beside(folder, UNFINISHED)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def cache_root(cache: Path | None = None) -> Path:
     """Where quantmill keeps what it can make again: as told, $QUANTMILL_HOME, or the user's cache folder."""
     if cache is not None:

@@ -95,6 +95,12 @@ class Variant:
 
     branch: str
     config: QuantConfig
+    container: str = "gptq"  # or gguf:MIX, awq
+    dynamic: tuple[tuple[str, QuantConfig], ...] = ()  # full names of modules that differ -> their parameters
+
+    def config_of(self, module: str) -> QuantConfig:
+        """The parameters of one module, by its full name."""
+        return dict(self.dynamic).get(module, self.config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,17 +99,26 @@ def quantize(
     tune_blocks: Annotated[
         bool, typer.Option("--tune-blocks", help="with best: train scales and norms block by block")
     ] = False,
+    target_size: Annotated[
+        str | None, typer.Option(help="choose bits per module for weight files of this size, e.g. 4.2GB")
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="choose bits per module for this many nats per token, e.g. 0.02")
+    ] = None,
     distill: Annotated[
         bool, typer.Option("--distill", help="with best: train scales and norms on the original's logits")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on where an interrupted run stopped")] = False,
     device: Device = "auto",
     threads: Threads = None,
+    max_vram: Annotated[str | None, typer.Option(help="GPU memory that may be taken, e.g. 16GB")] = None,
+    max_ram: Annotated[str | None, typer.Option(help="host memory that may be taken, e.g. 12GB")] = None,
     format: Annotated[str | None, typer.Option(help="gptq (v1; default where symmetric) or gptq_v2")] = None,
     events: Annotated[Path | None, typer.Option(help="write a line of JSON for every event there")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise a model: one complete folder per variant."""
+    from quantmill.commands.choosing import parse_target
     from quantmill.commands.making import Request, make
 
     console = Console(as_json)
@@ -125,10 +134,13 @@ def quantize(
         preset=preset,
         tune_blocks=tune_blocks,
         distill=distill,
+        target=parse_target(target_size, target_kl),
         resume=resume,
         device=device,
         threads=threads,
         command=shlex.join(["quantmill", *sys.argv[1:]]),
+        max_vram=max_vram,
+        max_ram=max_ram,
         events=events,
     )
     made = make(request, console)

@@ -18,20 +18,22 @@ from quantmill.types import EvalReport
 def check(
     model: Model,
     fix: Annotated[
-        bool, typer.Option("--fix", help="mend what can be told from the files: the two configs")
+        bool, typer.Option("--fix", help="mend what can be mended exactly; the folder as it was is kept")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="with --fix: the original, for missing tokenizer and template files")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Examine a quantised folder: tensors, configs, zero points, companions, and who can load it."""
-    from quantmill.commands.describing import check_to_json
+    from quantmill.commands.describing import check_to_json, mend
     from quantmill.doctor import check as examine
-    from quantmill.doctor import fix as mend
     from quantmill.sources import resolve
 
     console = Console(as_json)
     folder = resolve(model, notify=console.note, run=True)
-    for name in mend(folder) if fix else ():
-        console.say(f"mended  {name}")
+    if fix:
+        mend(folder, base, console)
     report = examine(folder)
     for f in report.findings:
         console.say(f"{f.level:<8}{f.where}: {f.message}")

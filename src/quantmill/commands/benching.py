@@ -29,7 +29,9 @@ class Plan:
     batches: tuple[int, ...] = ()  # sequences that write together
 
 
-def bench(runtime: Runtime, plan: Plan, load_s: float, read_rate: float | None, console: Console) -> dict[str, Any]:
+def bench(
+    runtime: Runtime, plan: Plan, load_s: float, read_rate: float | None, console: Console
+) -> dict[str, Any]:
     """Measure, say it in lines, and return it for JSON: speeds in tokens a second.
 
     read_rate: bytes a second that this machine reads; None where nobody could tell. Raises BadRequest for a
@@ -52,7 +54,9 @@ def bench(runtime: Runtime, plan: Plan, load_s: float, read_rate: float | None, 
         console.table(("context", "tok/s"), [(str(c), f"{r:.1f}") for c, r in report["contexts"].items()])
     if plan.batches:
         report["batches"] = {b: decode_rate(runtime, b, plan.prompt, plan.tokens) for b in plan.batches}
-        console.table(("sequences", "tok/s together"), [(str(b), f"{r:.1f}") for b, r in report["batches"].items()])
+        console.table(
+            ("sequences", "tok/s together"), [(str(b), f"{r:.1f}") for b, r in report["batches"].items()]
+        )
     return report
 
 

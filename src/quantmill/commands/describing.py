@@ -1,14 +1,18 @@
-"""`quantmill card`: examine every branch, then write the card from what was found and measured."""
+"""`quantmill card` and `check --fix`: examine branches, write the card from what was found, mend folders."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
-from quantmill.doctor import check
+from quantmill.console import Console
+from quantmill.doctor import Mended, check, fix
+from quantmill.errors import UserError
 from quantmill.files import write_json
 from quantmill.hub.card import write_card
-from quantmill.hub.card_facts import branch_folders
+from quantmill.hub.card_facts import branch_folders, parse_card
+from quantmill.hub.remote import fetch_papers
 from quantmill.manifest import update_manifest
 from quantmill.types import CheckReport, Json
 
@@ -24,6 +28,40 @@ def describe(folder: Path, name: str | None) -> Path:
     for branch in branches:
         update_manifest(branch, (CHECK_REPORT, card.name, *(p.name for p in branch.glob("*.png"))))
     return card
+
+
+def mend(folder: Path, base: str | None, console: Console) -> Mended:
+    """Mend a folder, with the original's files where they can be had. Says what was done and how to undo it."""
+    mended = fix(folder, _original(folder, base, console))
+    for note in mended.notes:
+        console.say(f"mended  {note}")
+    if mended.backup is not None:
+        place = Path(os.path.realpath(folder))
+        console.say(f"undo    rm -r {place} && mv {mended.backup} {place}")
+    return mended
+
+
+def _original(folder: Path, base: str | None, console: Console) -> Path | None:
+    """The folder of the original: what was typed, else what the card names, as far as it can be had."""
+    named = base or _base_of_card(folder / "README.md")
+    if named is None or Path(named).is_dir():
+        return Path(named) if named else None
+    try:
+        return fetch_papers(named)
+    except UserError as error:
+        if base is not None:
+            raise
+        console.note(f"the original {named} is out of reach ({error}): name it with --base")
+        return None
+
+
+def _base_of_card(card: Path) -> str | None:
+    """`base_model` of a card's header."""
+    if not card.is_file():
+        return None
+    named = parse_card(card.read_text(encoding="utf-8", errors="replace")).header.get("base_model")
+    first = named[0] if isinstance(named, list) and named else named
+    return first if isinstance(first, str) and first.count("/") == 1 else None
 
 
 def check_to_json(report: CheckReport) -> Json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from quantmill.errors import BadRequest
@@ -16,6 +18,16 @@ def pick_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BadRequest("there is no GPU that torch can use here: use --device cpu")
     return device
+
+
+def memory_limit(typed: str | None, flag: str) -> int | None:
+    """Bytes of a limit such as 16GB, 900MB or 12GiB; None without one. Raises BadRequest for anything else."""
+    if typed is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", typed.strip().upper())
+    if not found or float(found[1]) <= 0:
+        raise BadRequest(f"{flag} {typed!r} is no amount of memory: write 16GB, 900MB or 12GiB")
+    return round(float(found[1]) * (1024 if "I" in found[2] else 1000) ** (" KMG".index(found[2][0])))
 
 
 def set_threads(threads: int | None) -> None:

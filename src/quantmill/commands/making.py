@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from quantmill.architectures import module_names
+from quantmill.commands.choosing import Target, choose_bits
 from quantmill.commands.eventlog import also_to
-from quantmill.commands.machine import pick_device, set_threads
+from quantmill.commands.machine import memory_limit, pick_device, set_threads
 from quantmill.console import Advance, Console, gigabytes, progress, seconds
 from quantmill.errors import BadRequest
 from quantmill.files import read_json
@@ -46,6 +48,9 @@ class Request:
     command: str
     tune_blocks: bool = False
     distill: bool = False
+    target: Target | None = None  # a limit on size or loss under which bits are chosen per part
+    max_vram: str | None = None  # GPU memory that may be taken, such as 16GB
+    max_ram: str | None = None  # host memory, likewise
     events: Path | None = None  # a file that gets a line of JSON for every event
 
 
@@ -85,7 +90,7 @@ def make(request: Request, console: Console) -> Made:
     config = read_json(folder / "config.json")
     _refuse_quantised(request.source, config)
     data = calibrate(request, folder, config, console)
-    for v in request.variants:
+    for v in () if request.target else request.variants:
         console.note(f"{v.branch}: will be {gigabytes(size_bytes(config, v.config))}")
     job = Job(
         source=folder,
@@ -99,16 +104,29 @@ def make(request: Request, console: Console) -> Made:
         device=device,
         resume=request.resume,
         command=request.command,
+        max_vram=memory_limit(request.max_vram, "--max-vram"),
+        max_ram=memory_limit(request.max_ram, "--max-ram"),
     )
-    total = len(module_names(config)) * len(request.variants)
+    if request.target is not None:
+        job = _with_chosen_bits(job, request.target, console)
+    total = len(module_names(config)) * len(job.variants)
     with progress("solving", total) as advance:
-        follower = _Follower(advance, total // len(request.variants))
+        follower = _Follower(advance, total // len(job.variants))
         with also_to(request.events, follower) as follow:
             finished = quantize(job, follow)
     made = Made(tuple(finished), time.perf_counter() - began, peak_ram_bytes())
     loss_by_layer({f.branch: [(m.name, m.loss) for m in f.modules] for f in finished}, request.out / PICTURE)
     summarise(made, console)
     return made
+
+
+def _with_chosen_bits(job: Job, target: Target, console: Console) -> Job:
+    if len(job.variants) != 1:
+        raise BadRequest("a target chooses the bits of one variant: leave --grid and further --variant out")
+    mix = choose_bits(job, job.variants[0].config, target, console)
+    modules = ", ".join(f"{count} modules with {bits} bits" for bits, count in mix.bits.items())
+    console.note(f"{mix.variant.branch}: {modules}; predicted KL {mix.predicted_kl:.4g} nats per token")
+    return dataclasses.replace(job, variants=(mix.variant,))
 
 
 def calibrate(request: Request, folder: Path, config: Json, console: Console) -> CalibrationSet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from quantmill import __version__
 from quantmill.console import Console, gigabytes
 from quantmill.errors import BadRequest
 from quantmill.hub.publish import Branch, publish, read_branches
@@ -31,7 +32,7 @@ def publish_folder(
         return _document(
             name, [{"name": b.name, "size_bytes": b.size, "files": len(b.files)} for b in branches]
         )
-    api = HfApi(endpoint=endpoint)
+    api = HfApi(endpoint=endpoint, library_name="quantmill", library_version=__version__)
     done = publish(branches, name, api, private=private, notify=console.note)
     console.say(f"\n{api.endpoint}/{name} holds every file with the hash that it has here. To get a branch:")
     for line in reader_lines(name, branches, endpoint):

@@ -7,6 +7,9 @@ those of AWQ, compressed-tensors and AutoRound.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from quantmill import __version__
 from quantmill.errors import BadCheckpoint, UnsupportedModel
 from quantmill.formats.dialects import as_gptq, module_keys
@@ -21,10 +24,12 @@ def config_to_json(
     model_file_base_name: str = "model",
     lm_head: bool = False,
     meta: Json | None = None,
+    dynamic: Sequence[tuple[str, QuantConfig]] = (),
 ) -> Json:
     """The `quantization_config` of `config.json`, which is also the whole of `quantize_config.json`.
 
     `meta` is what the maker wants to record (data set, hash, ...); quantizer name and version are added.
+    `dynamic` names modules whose parameters differ; it is written as GPTQModel and vLLM read it.
     """
     static_groups = config.act_order is ActOrder.STATIC
     solver = {
@@ -41,10 +46,24 @@ def config_to_json(
         "checkpoint_format": str(config.zero_format),
         "format": str(config.zero_format),  # GPTQModel and Optimum look here
         "lm_head": lm_head,
+        **({"dynamic": _rules(dynamic)} if dynamic else {}),
         **solver,
         "act_group_aware": False,  # another reordering; Transformers supposes it unless told
         "model_file_base_name": model_file_base_name,
         "meta": {"quantizer": [f"quantmill:{__version__}"], **solver, **(meta or {})},
+    }
+
+
+def _rules(dynamic: Sequence[tuple[str, QuantConfig]]) -> Json:
+    """A regular expression per module that differs -> the parameters that bear on its bytes."""
+    return {
+        f"+:^{re.escape(module)}$": {
+            "bits": c.bits,
+            "group_size": c.group_size,
+            "sym": c.sym,
+            "desc_act": c.desc_act,
+        }
+        for module, c in dynamic
     }
 
 
