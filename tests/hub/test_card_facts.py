@@ -120,8 +120,8 @@ def test_an_unquantised_folder_is_no_branch(make_branch):
 
 
 def test_another_method_is_refused(make_branch):
-    folder = make_branch("main", quant={"quant_method": "awq", "bits": 4, "group_size": 128})
-    with pytest.raises(UnsupportedModel, match="awq"):
+    folder = make_branch("main", quant={"quant_method": "aqlm", "bits": 4, "group_size": 128})
+    with pytest.raises(UnsupportedModel, match="aqlm"):
         read_repository(folder.parent)
 
 

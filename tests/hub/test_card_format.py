@@ -35,7 +35,7 @@ def test_divergence_with_and_without_interval():
     ("command", "public"),
     [
         ("/home/me/.venv/bin/quantmill quantize a/b --out /data/out", "quantmill quantize a/b --out out"),
-        ("quantmill quantize ../smol --out=/data/out", "quantmill quantize ../smol --out=out"),
+        ("quantmill quantize ../smol --out=/data/out", "quantmill quantize smol --out=out"),
         ("quantmill quantize '/my models/a b' --seed 1", "quantmill quantize 'a b' --seed 1"),
         ("quantmill 'unfinished /home/me/x", "quantmill ''\"'\"'unfinished' x"),
     ],

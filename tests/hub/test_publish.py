@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from hub_folders import OTHER
+from quantmill import manifest
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError, SourceNotFound
 from quantmill.hub import publish as module
 from quantmill.hub.publish import publish, read_branches
@@ -45,7 +46,7 @@ def test_what_is_there_is_not_sent_again(two_branches, online, tmp_path):
     second, notes = send(folder, "me/again", online)
     assert [p.sent for p in second.values()] == [(), ()]
     assert [p.commit for p in second.values()] == [p.commit for p in first.values()]
-    assert notes == ["main: unchanged", f"{OTHER}: unchanged"]
+    assert sorted(notes) == sorted(["main: unchanged", f"{OTHER}: unchanged"])
 
     (folder / OTHER / "README.md").write_text("another card")
     (folder / OTHER / "chat_template.jinja").unlink()
@@ -78,6 +79,19 @@ def test_a_damaged_folder_is_refused_before_anything_is_sent(two_branches, tmp_p
     (folder / OTHER / "tokenizer.json").unlink()
     with pytest.raises(BadCheckpoint, match=r"not fit.*quantmill check"):
         read_branches(folder)
+
+
+def test_weights_that_are_not_what_their_manifest_says_are_refused(two_branches, online, tmp_path):
+    folder = shutil.copytree(two_branches, tmp_path / "two")
+    manifest.write_manifest(folder / OTHER)
+    send(folder, "me/listed", online)
+    path = folder / OTHER / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadCheckpoint, match="damaged or replaced"):
+        send(folder, "me/damaged", online)
+    assert not online.repo_exists("me/damaged")
 
 
 def test_a_folder_without_a_card_is_refused(two_branches, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantmill.architectures import LinearShape, architecture_of, dimensions, linear_shapes
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadCheckpoint, UnsupportedModel
+from quantmill.formats.dialects import Layout
 from quantmill.formats.gptq import is_sequential, probe_format, unpack_zeros
 from quantmill.types import CheckpointFormat, QuantConfig
 
@@ -131,6 +132,8 @@ def _module(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModuleFac
         return ModuleFacts(name, (str(error).removeprefix(f"{name}."),))
     if faults:
         return ModuleFacts(name, faults, in_features, out_features)
+    if checkpoint.layout is not Layout.GPTQ:
+        return _foreign_module(checkpoint, config, name, (in_features, out_features))
     qzeros = checkpoint.load(f"{name}.qzeros")
     scales = checkpoint.load(f"{name}.scales")
     bias = checkpoint.load(f"{name}.bias") if f"{name}.bias" in checkpoint.tensors else scales[:0]
@@ -152,6 +155,24 @@ def _module(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModuleFac
         overflowing=_overflowing(scales) + _overflowing(bias),
         zero_scales=int((scales == 0).sum()),
         broken_bias=_broken(bias),
+    )
+
+
+def _foreign_module(
+    checkpoint: Checkpoint, config: QuantConfig, name: str, size: tuple[int, int]
+) -> ModuleFacts:
+    """A module of AWQ or compressed-tensors, as it is read; its zeros need no label."""
+    packed = checkpoint.packed(name)
+    return ModuleFacts(
+        name,
+        (),
+        *size,
+        groups=config.groups(size[0]),
+        order=Order.SEQUENTIAL if is_sequential(packed.g_idx, config.group_size) else Order.PERMUTED,
+        zero_format=config.zero_format,
+        broken_scales=_broken(packed.scales),
+        zero_scales=int((packed.scales == 0).sum()),
+        broken_bias=0 if packed.bias is None else _broken(packed.bias),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from quantmill.doctor.facts import Facts, ModuleFacts, Order
+from quantmill.formats.dialects import Layout
 from quantmill.types import CheckpointFormat, Finding, Level, QuantConfig
 
 VLLM_GROUPS = (-1, 32, 64, 128)
@@ -121,6 +122,13 @@ def _even_groups(folder: Folder) -> str | None:
     return f"g_idx of {other.name} has groups of unequal sizes" if other else None
 
 
+# Folders of the other layouts that are read: their own loaders are many, these are what we know of ours.
+FOREIGN: dict[str, tuple[Reason, ...]] = {
+    "transformers+quantmill": (_errors,),
+    "vllm": (_damage,),
+    "gptqmodel": (_damage,),
+    "exllamav2": (lambda folder: "it reads GPTQ files and its own",),
+}
 READERS: dict[str, tuple[Reason, ...]] = {
     "transformers+quantmill": (_errors,),
     "vllm": (
@@ -147,7 +155,8 @@ def verdicts(facts: Facts, of_tensors: list[Finding], of_papers: list[Finding]) 
     damage = tuple(f for f in of_tensors if f.level is Level.ERROR)
     errors = (*damage, *(f for f in of_papers if f.level is Level.ERROR))
     folder = Folder(facts.config, frozenset(facts.checkpoint.quant or {}), facts.modules, damage, errors)
-    return {name: _verdict(folder, reasons) for name, reasons in READERS.items()}
+    table = READERS if facts.checkpoint.layout is Layout.GPTQ else FOREIGN
+    return {name: _verdict(folder, reasons) for name, reasons in table.items()}
 
 
 def _verdict(folder: Folder, reasons: Iterable[Reason]) -> str:

@@ -113,13 +113,15 @@ def publish(
             )
         uploads = None if _settle_xet(api, name) else Uploads(name, api)
         with ThreadPoolExecutor(WORKERS) as pool:
-            prepared = pool.map(lambda b, local: _prepare(b, local, name, api, uploads), branches, hashed)
-            return [_publish(ready, name, api, notify) for ready in prepared]
+            prepared = pool.map(
+                lambda b, local: _prepare(b, local, name, api, uploads, notify), branches, hashed
+            )
+            return [_publish(ready, name, api) for ready in prepared]
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A branch here, hashed, and on the hub; its large files are on their way or there."""
+    """A branch here, hashed, and on the hub, where its large files are by now."""
 
     branch: Branch
     local: Mapping[str, Hashes]
@@ -129,6 +131,20 @@ class _Prepared:
     @property
     def changed(self) -> tuple[str, ...]:
         return tuple(p for p, h in self.local.items() if p not in self.remote or not h.same(self.remote[p]))
+
+    @property
+    def gone(self) -> tuple[str, ...]:
+        return tuple(p for p in self.remote if p not in self.local and p not in (ATTRIBUTES, SUMS))
+
+    @property
+    def sums(self) -> bytes:
+        return manifest.manifest_text({p: h.sha256 for p, h in self.local.items()}).encode()
+
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """What has to travel."""
+        stale = SUMS not in self.remote or self.remote[SUMS].size != len(self.sums)
+        return (*self.changed, *((SUMS,) if self.changed or self.gone or stale else ()))
 
 
 def _hash(branch: Branch) -> dict[str, Hashes]:
@@ -143,33 +159,34 @@ def _hash(branch: Branch) -> dict[str, Hashes]:
 
 
 def _prepare(
-    branch: Branch, local: Mapping[str, Hashes], name: str, api: HfApi, uploads: Uploads | None
+    branch: Branch,
+    local: Mapping[str, Hashes],
+    name: str,
+    api: HfApi,
+    uploads: Uploads | None,
+    notify: Notify,
 ) -> _Prepared:
     """Compare, and bring large files that differ to the hub; the branch stays as it is."""
     commit = _commit_of(api, name, branch.name)
     ready = _Prepared(branch, local, commit, list_files(api, name, commit) if commit else {})
+    if commit and not ready.sent:
+        notify(f"{branch.name}: unchanged")
+    else:
+        notify(f"{branch.name}: sending {len(ready.sent)} of {len(local) + 1} files")
     if uploads is not None:
         for path in ready.changed:
             uploads.send(branch.files[path], local[path])
     return ready
 
 
-def _publish(ready: _Prepared, name: str, api: HfApi, notify: Notify) -> Published:
+def _publish(ready: _Prepared, name: str, api: HfApi) -> Published:
     """One branch: only what differs is sent."""
-    branch, local, remote, commit = ready.branch, ready.local, ready.remote, ready.commit
-    sums = manifest.manifest_text({p: h.sha256 for p, h in local.items()}).encode()
-    changed = ready.changed
-    gone = [p for p in remote if p not in local and p not in (ATTRIBUTES, SUMS)]
-    stale = SUMS not in remote or remote[SUMS].size != len(sums)
-    sent = (*changed, *((SUMS,) if changed or gone or stale else ()))
-    if commit and not sent:
-        notify(f"{branch.name}: unchanged")
-    else:
-        notify(f"{branch.name}: sending {len(sent)} of {len(local) + 1} files")
-        parcel = _Parcel(branch, local, changed, tuple(gone), sums)
+    branch, local, commit = ready.branch, ready.local, ready.commit
+    if ready.sent or commit is None:
+        parcel = _Parcel(branch, local, ready.changed, ready.gone, ready.sums)
         commit = _send(api, name, parcel, commit)
         _prove(list_files(api, name, commit), local, f"{name}:{branch.name}")
-    return Published(branch.name, str(commit), branch.size, len(local) + 1, sent)
+    return Published(branch.name, commit, branch.size, len(local) + 1, ready.sent)
 
 
 @dataclass(frozen=True, slots=True)

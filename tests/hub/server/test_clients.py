@@ -12,6 +12,7 @@ from quantmill.hub.publish import publish, read_branches
 from quantmill.hub.server.store import Store
 
 HF = Path(sys.executable).with_name("hf")
+OLD_CLI = Path(sys.executable).with_name("huggingface-cli")
 LOAD = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import quantmill.hf
@@ -67,6 +68,14 @@ def test_transformers_from_pretrained_by_revision(published, hub, tmp_path):
     done = run(sys.executable, "-c", code, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "8"
+
+
+@pytest.mark.skipif(not OLD_CLI.exists(), reason="this huggingface_hub has no huggingface-cli any more")
+def test_the_older_command(published, hub, tmp_path):
+    words = ("download", "me/clients", "--revision", OTHER, "--local-dir", tmp_path / "d")
+    done = run(OLD_CLI, *words, env=hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "d", published / OTHER)
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")

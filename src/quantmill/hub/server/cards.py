@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -34,7 +35,7 @@ def card_html(text: str, files: str) -> str:
 def _name_headings(tokens: Sequence[Any]) -> None:
     """Links within a card lead to its headings by their words, as on other hubs."""
     seen: dict[str, int] = {}
-    for token, words in zip(tokens, tokens[1:], strict=False):
+    for token, words in pairwise(tokens):
         if token.type == "heading_open":
             slug = re.sub(r"[^\w\- ]", "", words.content.lower()).strip().replace(" ", "-")
             again = seen.get(slug, 0)
