@@ -51,10 +51,10 @@ from quantmill.kernels.cpu.vectors import (
     Vectors,
 )
 
-# Bytes ahead of the weights in use that are fetched into the second-level cache (2). Far enough for a memory that
-# answers slowly and across several pages, which the processor's own prefetcher does not cross: measured 5 to 20 %
-# above 1 KiB on Mistral's shapes.
-PREFETCH = 16384
+# Bytes ahead of the weights in use that are fetched into the second-level cache (2): an eighth of what this call
+# reads, within these limits. Far is good for a memory that answers slowly, and reaches across pages, which the
+# processor's own prefetcher does not cross (5 to 20 % on Mistral's shapes); beyond the call's end it is waste.
+NEAREST, FARTHEST = 1024, 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _block(
 ) -> Any:
     """16 output rows by `rows` activations. pointers: weights, scales, zeros, first_slice, groups, x, x
     scales,
-    x shifts, start, out; strides: start, out."""
+    x shifts, start, out; strides: start, out, and how far ahead weights are fetched."""
     literals = (isa, bits, rows, asym, precision)
     kind = _Kind(*(a.literal_value for a in literals))
 
@@ -108,7 +108,7 @@ class _Block:
         self.v, self.kind = v, kind
         (self.weights, self.scales, self.zeros, self.first_slice, self.groups) = addresses[:5]
         (self.x, self.x_scales, self.x_shifts, self.start, self.out) = addresses[5:10]
-        self.start_stride, self.out_stride = addresses[10:]
+        self.start_stride, self.out_stride, self.ahead = addresses[10:]
         tile = ir.ArrayType(F32x16, kind.rows)
         self.totals, self.sums = v.variable(tile), v.variable(tile)  # whole linear; this group
 
@@ -174,7 +174,7 @@ class _Block:
         v = self.v
         lines = v.offset(self.weights, index, self.kind.bits * dots.LINE)
         for i in range(self.kind.bits):
-            ahead = v.builder.add(lines, v.int64(PREFETCH + i * dots.LINE))
+            ahead = v.builder.add(v.builder.add(lines, self.ahead), v.int64(i * dots.LINE))
             pointer = v.builder.inttoptr(ahead, I8.as_pointer())
             v.call("llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(I32, n) for n in (0, 2, 1)))
         if self.kind.bits == DENSE:
@@ -254,7 +254,8 @@ def product(isa: str, bits: int, asym: bool, precision: Precision) -> Any:
         weight_scales = field(linear, FIELD_SCALES)
         zeros = field(linear, FIELD_ZEROS)
         first_slice = field(linear, FIELD_FIRST_SLICE)
-        strides = (start_stride, out_stride)
+        ahead = min(FARTHEST, max(NEAREST, (last - first) * slices * bits * 8)) // 64 * 64
+        strides = (start_stride, out_stride, ahead)
         for block in range(first, last):
             w = weights + block * slices * bits * 64
             s = weight_scales + block * groups * 32
