@@ -65,6 +65,21 @@ def test_every_turn_shows_the_whole_conversation(tokenizer, asked, runtime):
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
 
 
+@pytest.mark.parametrize(
+    ("lines", "question"),
+    [
+        (["one \\", "two\\", "three"], "one \ntwo\nthree"),
+        (['"""', "def f():", "", "  pass \\", '"""'], "def f():\n\n  pass \\"),
+        (['"""', "cut off"], "cut off"),
+        (["cut off\\"], "cut off"),
+        (['""" not alone'], '""" not alone'),
+    ],
+)
+def test_questions_of_several_lines(tokenizer, asked, runtime, lines, question):
+    talk, _ = run(tokenizer, lines, runtime)
+    assert talk.messages[0]["content"] == question
+
+
 def test_quit_ends_at_once(tokenizer, asked, runtime):
     run(tokenizer, ["/quit", "never asked"], runtime)
     assert not asked

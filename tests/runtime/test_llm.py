@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,3 +221,15 @@ def test_closing_ends_answers() -> None:
     last = list(stream)[-1]
     assert last.ending is not None
     assert last.ending.reason is Reason.ABORT
+
+
+def test_a_real_model_says_the_same_alone_in_a_batch_and_with_little_room(tiny_llama: Path) -> None:
+    prompts = [f"the cat sat on a mat {i} " * (1 + 3 * (i % 5)) for i in range(10)]
+    params = [with_(seed=i, max_new_tokens=30) for i in range(10)]
+    with LLM(tiny_llama, device="cpu", threads=1) as llm:
+        alone = [llm.generate(p, q)[0].text for p, q in zip(prompts, params, strict=True)]
+        assert [a.text for a in llm.generate(prompts, params)] == alone
+        assert llm.engine.stats().cached_tokens > 0
+    with LLM(tiny_llama, device="cpu", threads=1, kv_tokens=6 * 64) as llm:
+        assert [a.text for a in llm.generate(prompts, params)] == alone
+        assert llm.engine.stats().pages.held == 0

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from quantmill.errors import BadRequest, QuantmillError
-from quantmill.runtime.sampling import SamplerState, check_tokens, sample, sample_rows, score
+from quantmill.runtime.sampling import (
+    SamplerState,
+    _kth_largest,
+    _walk,
+    check_tokens,
+    sample,
+    sample_rows,
+    score,
+)
 from quantmill.types import SamplingParams
 
 PLAIN = SamplingParams(temperature=1, top_p=1, top_k=0, repetition_penalty=1, seed=1)
@@ -52,6 +60,27 @@ def test_without_filters_tokens_come_as_often_as_the_model_says() -> None:
 def test_filters_keep_what_they_say(change: dict[str, float], kept: set[int]) -> None:
     counts = drawn(dataclasses.replace(PLAIN, **change))
     assert set(np.flatnonzero(counts)) == kept
+
+
+@pytest.mark.parametrize("vocab", [2047, 2048, 5003])
+@pytest.mark.parametrize("k", [1, 40, 512, 513, 2000])
+def test_the_kth_largest_of_many(vocab: int, k: int) -> None:
+    for seed in range(5):
+        values = np.random.default_rng(seed).normal(0, 1, vocab).astype(np.float16).astype(np.float32)
+        assert _kth_largest(values, k) == np.sort(values)[-k]
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+def test_walking_weights_finds_the_place(size: int) -> None:
+    rng = np.random.default_rng(size)
+    weights = (rng.random(size) * (rng.random(size) < 0.5)).astype(np.float32)
+    weights[rng.integers(size)] = 1.0
+    whole = weights.cumsum(dtype=np.float64)
+    for uniform in (0.0, 0.2, 0.7, 1 - 2**-53):
+        place = _walk(weights, uniform)
+        assert weights[place] > 0
+        assert whole[place] >= uniform * whole[-1] - 1e-5
+        assert place == 0 or whole[place] - weights[place] <= uniform * whole[-1] + 1e-5
 
 
 def test_ties_are_kept_whole() -> None:
@@ -170,7 +199,7 @@ def variety(rng: np.random.Generator) -> SamplingParams:
     )
 
 
-@pytest.mark.parametrize("vocab", [50, 1000])
+@pytest.mark.parametrize("vocab", [50, 1000, 5003])
 @pytest.mark.parametrize("rows", [1, 7, 40])
 def test_the_twins_draw_the_same(rows: int, vocab: int) -> None:
     rng = np.random.default_rng(rows * vocab)

@@ -22,6 +22,9 @@ ReadLine = Callable[[], str | None]  # None or EOFError: no more lines
 Write = Callable[[str], None]
 
 
+QUOTES = '"""'
+
+
 @dataclass
 class Conversation:
     """Messages in the order they were said; system text apart, so that it can change in the middle."""
@@ -94,14 +97,31 @@ def chat_loop(
         raise BadRequest("this tokenizer has no chat template: use `quantmill generate --prompt TEXT`")
     session = _Session(SingleSequence(runtime), tokenizer, params, write)
     while session.going:
-        line = _next_line(read_line)
-        if line is None:
+        said = _next_question(read_line)
+        if said is None:
             break
         try:
-            _handle(session, line.strip())
+            _handle(session, said.strip())
         except UserError as error:
             write(f"{error}\n")
     return session.talk
+
+
+def _next_question(read_line: ReadLine) -> str | None:
+    """One line, or several: a line that ends in a backslash goes on in the next, and three quotes alone
+    begin a text that ends with three quotes."""
+    line = _next_line(read_line)
+    if line is None:
+        return None
+    lines: list[str] = []
+    if line.strip() == QUOTES:
+        while (more := _next_line(read_line)) is not None and more.strip() != QUOTES:
+            lines.append(more)
+        return "\n".join(lines)
+    while line is not None and line.endswith("\\"):
+        lines.append(line[:-1])
+        line = _next_line(read_line)
+    return "\n".join([*lines, line or ""])
 
 
 def _next_line(read_line: ReadLine) -> str | None:

@@ -24,6 +24,8 @@ from quantmill.types import SamplingParams
 Row = NDArray[np.float32]  # (vocab,) logits
 Mask = NDArray[np.bool_]  # (vocab,), True where a token is allowed
 
+BLOCK, COLUMNS = 64, 1024  # how rows as wide as a vocabulary are cut where that saves looking at all of it
+NUCLEUS = 256  # tokens that a top_p is first looked for among
 _M64 = (1 << 64) - 1
 
 
@@ -127,7 +129,7 @@ def sample_rows(
 
 def no_finite_logit() -> QuantmillError:
     return QuantmillError(
-        "the model gave no finite logit for the next token: try --exact, or quantmill check"
+        "the model gave no finite logit for the next token: try --cpu-exact, or quantmill check"
     )
 
 
@@ -153,10 +155,34 @@ def _draw_warm(row: Row, best: float, state: SamplerState) -> int:
             chosen = np.flatnonzero(keep)
             ids = chosen if ids is None else ids[chosen]
             z = z[chosen]
-    cumulated = np.exp(z).cumsum(dtype=np.float64)
-    target = min(state.uniform() * cumulated[-1], np.nextafter(cumulated[-1], 0))
-    place = int(cumulated.searchsorted(target, side="right"))
+    place = _walk(np.exp(z), state.uniform())
     return place if ids is None else int(ids[place])
+
+
+def _walk(weights: Row, uniform: float) -> int:
+    """The first place where the cumulated weights exceed `uniform` of their sum; block by block, as there may
+    be very many."""
+    blocks, tail = divmod(len(weights), BLOCK)
+    sums = weights[: blocks * BLOCK].reshape(blocks, BLOCK).sum(axis=1)
+    cumulated = np.append(sums, weights[blocks * BLOCK :].sum()).cumsum(dtype=np.float64)
+    target = min(uniform * cumulated[-1], np.nextafter(cumulated[-1], 0))
+    block = int(cumulated.searchsorted(target, side="right"))
+    begin = block * BLOCK
+    within = weights[begin : begin + (BLOCK if block < blocks else tail)].cumsum(dtype=np.float64)
+    rest = target - (cumulated[block - 1] if block else 0.0)
+    rest = min(rest, np.nextafter(within[-1], 0))  # the block's sum was rounded differently
+    return begin + int(within.searchsorted(rest, side="right"))
+
+
+def _kth_largest(values: Row, k: int) -> np.float32:
+    """Of very many values, found among few: k of the columns' peaks are no larger than it."""
+    rows = len(values) // COLUMNS
+    if rows < 2 or 2 * k > COLUMNS:
+        return np.float32(np.partition(values, len(values) - k)[len(values) - k])
+    peaks = values[: rows * COLUMNS].reshape(rows, COLUMNS).max(axis=0)
+    floor = np.partition(peaks, COLUMNS - k)[COLUMNS - k]
+    few = values[np.flatnonzero(values >= floor)]
+    return np.float32(np.partition(few, len(few) - k)[len(few) - k])
 
 
 def _penalised(logits: Row, state: SamplerState) -> Row:
@@ -173,8 +199,7 @@ def _penalised(logits: Row, state: SamplerState) -> Row:
 def _top_k(z: Row, params: SamplingParams) -> Mask | None:
     if not 0 < params.top_k < len(z):
         return None
-    place = len(z) - params.top_k
-    return np.asarray(z >= np.partition(z, place)[place])
+    return np.asarray(z >= _kth_largest(z, params.top_k))
 
 
 def _top_p(z: Row, params: SamplingParams) -> Mask | None:
@@ -183,10 +208,21 @@ def _top_p(z: Row, params: SamplingParams) -> Mask | None:
         return None
     weights = np.exp(z)
     total = float(weights.sum(dtype=np.float64))
-    # All tokens below this share weigh less than 1 - top_p together: they are out, and need no sorting.
-    high = np.sort(weights[weights > (1 - params.top_p) / len(z) * total])[::-1]
-    cut = int(high.cumsum(dtype=np.float64).searchsorted(params.top_p * total))
+    high = np.sort(_likeliest(weights, params.top_p, total))[::-1]
+    cumulated = high.cumsum(dtype=np.float64)
+    cut = int(cumulated.searchsorted(params.top_p * total))
     return np.asarray(weights >= high[min(cut, len(high) - 1)])
+
+
+def _likeliest(weights: Row, top_p: float, total: float) -> Row:
+    """A set of weights that surely holds the nucleus, as few as can be found without sorting."""
+    if len(weights) <= NUCLEUS:
+        return weights
+    few = weights[np.flatnonzero(weights >= _kth_largest(weights, NUCLEUS))]
+    if few.sum(dtype=np.float64) >= top_p * total:
+        return few
+    # All below this share weigh less than 1 - top_p together.
+    return weights[weights >= (1 - top_p) / len(weights) * total]
 
 
 def _min_p(z: Row, params: SamplingParams) -> Mask | None:
@@ -219,8 +255,9 @@ def _log_probabilities(
     norm = best + float(np.log(np.exp(logits - np.float32(best)).sum(dtype=np.float64)))
     top: tuple[tuple[int, float], ...] = ()
     if count:
-        high = np.argpartition(logits, -count)[-count:] if count < len(logits) else np.arange(len(logits))
-        order = high[np.lexsort((high, -logits[high]))]
+        count = min(count, len(logits))
+        high = np.flatnonzero(logits >= _kth_largest(logits, count))
+        order = high[np.lexsort((high, -logits[high]))][:count]
         top = tuple((int(t), float(logits[t]) - norm) for t in order)
     return lambda token: float(logits[token]) - norm, top
 

@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.kernels.attention import rows_kernel, tile_kernel
 from quantmill.runtime.gpu.kernels.dense import dense_kernel
 from quantmill.runtime.gpu.kernels.norms import norm_kernel, silu_kernel
@@ -88,7 +89,16 @@ def main() -> None:
     for dtype in ("fp16", "bf16"):
         for fp8 in (False, True)[: 1 + (capability >= 89)]:
             shared = {**HEADS, "FP8": fp8}
-            rows = {"SCALE": 0.09, "ROWS": 16, "GROUP": 4, "PARTS": 16, "HAS_ORDER": False, "WRITES": True, "AHEAD": 4, "PDL": early}
+            rows = {
+                "SCALE": 0.09,
+                "ROWS": 16,
+                "GROUP": 4,
+                "PARTS": 16,
+                "HAS_ORDER": False,
+                "WRITES": True,
+                "AHEAD": 4,
+                "PDL": early,
+            }
             tile = {"SCALE": 0.09, "ROWS": 64, "HAS_ORDER": False, "HAS_WINDOW": True}
             for name, kernel, more in (("rows", rows_kernel, rows), ("tile", tile_kernel, tile)):
                 report[f"{name} {dtype} {fp8}"] = compiled(
@@ -110,11 +120,14 @@ def main() -> None:
         report[f"silu {dtype}"] = compiled(
             silu_kernel, {"BLOCK": 1024, "PDL": early}, capability, dtype, 4, 3
         )
-        dense = {"HAS_BIAS": False, "BM": 16, "BN": 64, "BK": 64, "PDL": early}
-        report[f"dense {dtype}"] = compiled(dense_kernel, dense, capability, dtype, 4, 5)
-        flags = {"BLOCK": 8192, "PDL": early}
-        report["peaks"] = compiled(peaks_kernel, flags, capability, dtype, 8, 3)
-        report["draw"] = compiled(draw_kernel, {**flags, "RING": 256, "CHUNKS": 8}, capability, dtype, 16, 3)
+        for bm, bn, warps, stages in ops.DENSE_SHAPES:
+            dense = {"HAS_BIAS": False, "BM": bm, "BN": bn, "BK": 64, "PDL": early}
+            report[f"dense {dtype} {bm}"] = compiled(dense_kernel, dense, capability, dtype, warps, stages)
+    flags = {"BLOCK": 4096, "PDL": early}
+    report["peaks"] = compiled(peaks_kernel, flags, capability, "fp16", 8, 3)
+    for whole, block, warps in ((True, 32768, 32), (False, 8192, 16)):
+        flags = {"BLOCK": block, "WHOLE": whole, "RING": 256, "CHUNKS": 8, "PDL": early}
+        report[f"draw {whole}"] = compiled(draw_kernel, flags, capability, "fp16", warps, 3)
     print(json.dumps({name: kernel.metadata.shared for name, kernel in report.items()}))
 
 

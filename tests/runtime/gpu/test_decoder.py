@@ -204,3 +204,31 @@ def test_many_rows(shuffled, tmp_path, device, monkeypatch):
     twin = made(tmp_path, "qwen2", QuantConfig(bits=4, group_size=16, act_order=order), shuffled)
     ids = ids_of(21)
     assert error(read(opened(tmp_path, device), ids, 20), wanted_logits(twin, ids)) < 5e-3
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_fused_steps(shuffled, tmp_path, device, monkeypatch):
+    """Norms, residuals and gates at the linears' ends, beside kernels between them and beside Transformers."""
+    from quantmill.runtime.gpu import fused, steps
+
+    order = ActOrder.GROUPED if shuffled else ActOrder.STATIC
+    config = QuantConfig(bits=4, group_size=32, act_order=order)
+    twin = made(tmp_path, "qwen2", config, shuffled, intermediate_size=128)
+    runtime, ids = opened(tmp_path, device), ids_of(30)
+    if not fused.can_fuse(runtime.model):
+        pytest.skip("the linears' ends run on a GPU only")
+    wanted = wanted_logits(twin, ids)
+    mine = read(runtime, ids, 20)
+    assert error(mine, wanted) < 5e-3
+    assert (
+        error(torch.from_numpy(runtime.hidden([Piece(ids[:3], 0, (3,))])), runtime_states(twin, ids)) < 5e-3
+    )
+    monkeypatch.setattr(steps, "FUSED_ROWS", 0)
+    plain = read(opened(tmp_path, device), ids, 20)
+    assert error(plain, mine) < 3e-3
+    assert not torch.equal(plain[20:], mine[20:]), "these are two ways"
+
+
+def runtime_states(twin: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return twin.model(torch.tensor([ids[:3]])).last_hidden_state[0]

@@ -91,11 +91,12 @@ def test_embed_normed(device):
     assert near(found[0][1], found[1][1])
 
 
-def test_gated_keeps_large_products_within_fp16(device):
+@pytest.mark.parametrize("span", [8, 96])
+def test_gated_keeps_large_products_within_fp16(device, span):
     gate_up = random(3, 2 * 96, device=device) * 1000
     found = [torch.empty(3, 96, dtype=torch.float16, device=device) for _ in "ab"]
     for module, out in zip((ops, twins), found, strict=True):
-        module.gated(gate_up, 1 / 256, out)
+        module.gated(gate_up, span, 1 / 256, out)
     assert torch.isfinite(found[0]).all()
     assert (found[0].float() * 256).max() > 65504
     assert near(*found)
@@ -106,7 +107,10 @@ def test_write_cache(device, fp8, norms, count):
     heads = make_heads(device, norms=norms)
     others = list(range(100, 100 + count - 5))
     rows = make_rows([0, 63, -1, 64, 700, *others], [0, 1, 2, 3, 3] + [0] * len(others), device)
-    qkv, start = random(count, heads.width, device=device), make_cache(heads, 4 * CONTEXT // PAGE, device, fp8)
+    qkv, start = (
+        random(count, heads.width, device=device),
+        make_cache(heads, 4 * CONTEXT // PAGE, device, fp8),
+    )
     caches = [copied(start), copied(start)]
     for module, cache in zip((ops, twins), caches, strict=True):
         module.write_cache(qkv, heads, cache, rows)
@@ -181,6 +185,27 @@ def test_attend_tiles(device, window, fp8, ordered):
     assert near(*found)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_start_and_a_norm_behind_it(device, ordered):
+    """What `start` leaves and `dense` makes of it is the norm and the product."""
+    embedding, weight = random(50, 96, device=device), random(70, 96, device=device, seed=1)
+    norm = ops.Gains(random(96, device=device, dtype=torch.float32, seed=2), 1e-5, 1 / 16)
+    tokens = torch.tensor([3, 49, 0], dtype=torch.int32, device=device)
+    position = torch.randperm(96, device=device, dtype=torch.int32) if ordered else None
+    found = []
+    for module in (ops, twins):
+        residual, squares = torch.empty(3, 96, device=device), torch.empty(3, 6, device=device)
+        after, y = torch.zeros(3, 96, dtype=torch.float16, device=device), torch.empty(3, 70, device=device)
+        module.start(residual, embedding, tokens, norm, position, after, squares)
+        module.dense(after, weight, None, y, squares=squares, norm=norm)
+        found.append((residual, squares, after, y))
+    for mine, wanted in zip(*found, strict=True):
+        assert (mine.float() - wanted.float()).norm() / wanted.float().norm() < 1e-3
+    if not ordered:
+        normed = torch.nn.functional.rms_norm(embedding[tokens.long()].float(), (96,), norm.gain, 1e-5)
+        assert (found[0][3] - normed @ weight.float().T).norm() / found[0][3].norm() < 2e-3
+
+
 @pytest.mark.parametrize("shape", [(1, 64, 64), (17, 72, 65), (70, 200, 130)])
 def test_dense(device, shape):
     m, k, n = shape
@@ -195,9 +220,10 @@ def test_dense(device, shape):
     assert torch.equal(one[0], found[0][-1])
 
 
-@pytest.mark.parametrize("vocab", [300, 5000])
-def test_draw(device, vocab):
+@pytest.mark.parametrize(("vocab", "held"), [(300, 32768), (5000, 4096), (9000, 4096)])
+def test_draw(device, vocab, held, monkeypatch):
     """Greedy, warm, top_k with a tie, top_p, both; the ends of the random numbers; a filler row."""
+    monkeypatch.setattr(ops, "HELD", held)
     kinds = [
         (0, vocab, 1),
         (1, vocab, 1),

@@ -44,6 +44,6 @@ def test_a_wrong_module_is_named(module, tmp_path, device, monkeypatch):
 
 def test_it_can_be_left_out(tmp_path, device, monkeypatch):
     write_quantized(tmp_path, tiny_model("llama", num_hidden_layers=1), QuantConfig(bits=4, group_size=32))
-    monkeypatch.setattr("quantmill.runtime.gpu.decoder.check_model", lambda model: pytest.fail("it ran"))
+    monkeypatch.setattr("quantmill.runtime.gpu.checking.compare", lambda *found: pytest.fail("it ran"))
     GpuRuntime.from_folder(tmp_path, device=device, context=64, kv_tokens=64, selftest=False)
     assert torch.is_inference_mode_enabled() is False

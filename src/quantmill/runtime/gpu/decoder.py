@@ -16,11 +16,11 @@ from torch import Tensor
 from quantmill.checkpoint import Checkpoint, open_checkpoint
 from quantmill.errors import BadRequest
 from quantmill.runtime.cpu.settings import Settings, read_settings
-from quantmill.runtime.gpu.checking import check_model
-from quantmill.runtime.gpu.layers import Model, TilesAttention, final_states, logits_of, prompt_states
+from quantmill.runtime.gpu.checking import prepared
+from quantmill.runtime.gpu.layers import FEW_ROWS, MANY_ROWS, Model, TilesAttention, final_states, logits_of
 from quantmill.runtime.gpu.memory import DTYPES, cache_bytes, make_caches, pages_for
 from quantmill.runtime.gpu.ops import Heads, Rows, tile_rows
-from quantmill.runtime.gpu.projection import FEW, Projection
+from quantmill.runtime.gpu.projection import FEW
 from quantmill.runtime.gpu.steps import MOST_ROWS, Steps
 from quantmill.runtime.gpu.stream import stream
 from quantmill.runtime.gpu.weights import Weights, read_weights
@@ -74,8 +74,7 @@ class GpuRuntime:
             pages = pages_for(settings, length, kv_tokens, kv_dtype, dtype, place)
             caches = make_caches(settings, pages, kv_dtype, dtype, place)
             model = Model(weights, heads, caches, settings.epsilon, dtype)
-            if selftest:
-                check_model(model)
+            model = prepared(model)
             facts = _facts(checkpoint, settings, weights, length, pages, cache_bytes(caches) // pages, dtype)
             return cls(model, facts)
 
@@ -176,9 +175,7 @@ class GpuRuntime:
         zeros = torch.zeros(count, dtype=torch.int32, device=device)
         rows = Rows(ids, positions, zeros, line_there.view(1, -1))
         attention = TilesAttention(rows, tiles_there.view(-1, 4), start + count - 1)
-        if count <= FEW:
-            return final_states(self._model, ids, Projection.few, attention)
-        return prompt_states(self._model, ids, attention)
+        return final_states(self._model, ids, FEW_ROWS if count <= FEW else MANY_ROWS, attention)
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         """Raises BadRequest for what is outside the vocabulary or the context."""

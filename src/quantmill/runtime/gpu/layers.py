@@ -5,6 +5,7 @@ The residual is float32, so that no sum overflows; what linears read is fp16 or 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from quantmill.runtime.gpu import ops
-from quantmill.runtime.gpu.ops import Heads, LayerCache, Rows, Scratch
+from quantmill.runtime.gpu.ops import Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.gpu.projection import Projection
 from quantmill.runtime.gpu.weights import Weights
 
-CHUNK = 512  # rows of gates and ups at a time
+CHUNK = 512  # rows of gates and ups at a time: they are in the L2 cache still when they are multiplied
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,9 @@ class Model:
     caches: tuple[LayerCache, ...]
     epsilon: float
     dtype: torch.dtype
+    fused: tuple[
+        Gains, ...
+    ] = ()  # of all norms in their order, where steps can do without kernels between linears
 
 
 class Attention(Protocol):
@@ -38,70 +42,68 @@ class Attention(Protocol):
     ) -> None: ...
 
 
-class Product(Protocol):
-    """How a projection is multiplied: `Projection.few` or `Projection.many`."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How projections are multiplied: at once, and some rows after others."""
 
-    def __call__(self, projection: Projection, x: Tensor, /) -> Tensor: ...
+    product: Callable[[Projection, Tensor], Tensor]
+    chunks: Callable[[Projection, Tensor], Iterable[tuple[slice, Tensor]]]
 
 
-def final_states(model: Model, tokens: Tensor, product: Product, attention: Attention) -> Tensor:
-    """Token ids (rows,) int32 -> states after the last norm (rows, places of the head), in the model's dtype."""
+def _whole(projection: Projection, x: Tensor) -> Iterable[tuple[slice, Tensor]]:
+    return [(slice(None), projection.few(x))]
+
+
+def _in_chunks(projection: Projection, x: Tensor) -> Iterable[tuple[slice, Tensor]]:
+    return projection.chunks(x, CHUNK)
+
+
+FEW_ROWS = Way(Projection.few, _whole)  # a row's bits do not depend on how many there are
+MANY_ROWS = Way(Projection.many, _in_chunks)  # they do
+
+
+def final_states(
+    model: Model,
+    tokens: Tensor,
+    way: Way,
+    attention: Attention,
+    watch: Callable[[Tensor], None] = lambda residual: None,
+) -> Tensor:
+    """Token ids (rows,) int32 -> states after the last norm (rows, places of the head), in the model's dtype.
+
+    watch: sees the residual behind every norm.
+    """
     weights, epsilon = model.weights, model.epsilon
     rows, hidden = tokens.shape[0], weights.embedding.shape[1]
     residual = torch.empty(rows, hidden, dtype=torch.float32, device=tokens.device)
     first = weights.blocks[0]
     x = _buffer(model, rows, first.qkv)
     ops.embed_normed(residual, weights.embedding, tokens, first.attention_norm, epsilon, first.qkv.order, x)
+    watch(residual)
     for i, block in enumerate(weights.blocks):
         mixed = _buffer(model, rows, block.output)
-        attention(product(block.qkv, x), model.heads[i], model.caches[i], block.output_places, mixed)
+        attention(way.product(block.qkv, x), model.heads[i], model.caches[i], block.output.place_of, mixed)
         x = _buffer(model, rows, block.gate_up)
-        added = product(block.output, mixed)
+        added = way.product(block.output, mixed)
         ops.add_normed(residual, added, block.mlp_norm, epsilon, block.gate_up.order, x)
+        watch(residual)
         inner = torch.empty(rows, block.gate_up.outputs // 2, dtype=model.dtype, device=tokens.device)
-        ops.gated(product(block.gate_up, x), 1 / block.shrink, inner)
-        added = product(block.down, inner)
+        for at, gate_up in way.chunks(block.gate_up, x):
+            ops.gated(gate_up, block.gate_up.span, 1 / block.shrink, inner[at])
+        added = way.product(block.down, inner)
         last = i + 1 == len(weights.blocks)
         after = weights.head if last else weights.blocks[i + 1].qkv
         gain = weights.norm if last else weights.blocks[i + 1].attention_norm
         x = _buffer(model, rows, after)
         ops.add_normed(residual, added, gain, epsilon, after.order, x, times=block.shrink)
-    return x
-
-
-def prompt_states(model: Model, tokens: Tensor, attention: Attention) -> Tensor:
-    """The same for many rows, through dense copies of the weights; the bits depend on how many rows there are."""
-    weights, epsilon = model.weights, model.epsilon
-    rows, hidden = tokens.shape[0], weights.embedding.shape[1]
-    residual = torch.empty(rows, hidden, dtype=torch.float32, device=tokens.device)
-    first = weights.blocks[0]
-    x = _buffer(model, rows, first.qkv)
-    ops.embed_normed(residual, weights.embedding, tokens, first.attention_norm, epsilon, first.qkv.order, x)
-    for i, block in enumerate(weights.blocks):
-        mixed = _buffer(model, rows, block.output)
-        attention(block.qkv.many(x), model.heads[i], model.caches[i], block.output_places, mixed)
-        block.output.add(mixed, 1.0, residual)
-        x = _buffer(model, rows, block.gate_up)
-        ops.add_normed(residual, None, block.mlp_norm, epsilon, block.gate_up.order, x)
-        inner = torch.empty(rows, block.gate_up.outputs // 2, dtype=model.dtype, device=tokens.device)
-        for at, gate_up in block.gate_up.chunks(x, CHUNK):  # which are still in the L2 cache
-            ops.gated(gate_up, 1 / block.shrink, inner[at])
-        block.down.add(inner, block.shrink, residual)
-        last = i + 1 == len(weights.blocks)
-        after = weights.head if last else weights.blocks[i + 1].qkv
-        gain = weights.norm if last else weights.blocks[i + 1].attention_norm
-        x = _buffer(model, rows, after)
-        ops.add_normed(residual, None, gain, epsilon, after.order, x)
+        watch(residual)
     return x
 
 
 def _buffer(model: Model, rows: int, projection: Projection) -> Tensor:
     """What a projection reads. Zeros where its order has places that nothing fills."""
-    shape = rows, projection.places
-    device = model.weights.embedding.device
-    if projection.order is None:
-        return torch.empty(shape, dtype=model.dtype, device=device)
-    return torch.zeros(shape, dtype=model.dtype, device=device)
+    make = torch.zeros if projection.holes else torch.empty
+    return make(rows, projection.places, dtype=model.dtype, device=model.weights.embedding.device)
 
 
 @dataclass(frozen=True, slots=True)

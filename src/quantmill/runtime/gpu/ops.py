@@ -11,14 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantmill.kernels.triton.tuning import shared_memory
 from quantmill.runtime.interface import PAGE
 
 PARTS = 16  # into which a row's text is cut at most
 LEAST_PAGES = 4  # of a part
+# rows of x, outputs, warps, and blocks in shared memory of a dense program; all step through K alike
+DENSE_SHAPES = ((16, 64, 4, 5), (32, 64, 4, 5), (64, 64, 4, 4), (128, 128, 8, 3))
 ROW_SHAPE = 4, 3  # warps, and pages in shared memory, of a row's program
 TILE_SHAPE = 4, 3
+LARGE = 120 << 10  # bytes of shared memory that a program of TILE_SHAPE may take
 AHEAD = 4  # pages that a row's program asks for before the kernel before it is through
 RING = 256  # tokens that are drawn before their places are used again
+HELD = 32768  # logits that a program which draws can hold
 CHUNK = 4096  # logits of one program that looks for the highest
 TILE = 64  # queries of one program of the tile kernel
 
@@ -49,6 +54,15 @@ class Heads:
     @property
     def reach(self) -> int:
         return self.window or 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """A norm whose gains go into x before it is known: x = residual * gain * scale."""
+
+    gain: Tensor  # (K,) float32
+    epsilon: float
+    scale: float  # a power of two that keeps x within fp16
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +192,46 @@ def _norm(
     )
 
 
-def gated(gate_up: Tensor, scale: float, out: Tensor) -> None:
-    """out (rows, N) = silu(gate) * up * scale, gate_up (rows, 2 N)."""
+def start(
+    residual: Tensor,
+    embedding: Tensor,
+    tokens: Tensor,
+    norm: Gains,
+    position: Tensor | None,
+    after: Tensor,
+    squares: Tensor,
+) -> None:
+    """residual (rows, K) float32 = embedding[tokens]; after = it * gains * scale, not normed, at `position`;
+    squares (rows, K / 16) = sums of the squares of 16 of its columns each."""
+    from quantmill.runtime.gpu.kernels.norms import start_kernel
+
+    rows, k = residual.shape
+    start_kernel[(rows,)](
+        residual,
+        embedding,
+        tokens,
+        norm.gain,
+        tokens if position is None else position,
+        after,
+        squares,
+        k,
+        after.shape[1],
+        norm.scale,
+        HAS_POSITION=position is not None,
+        BLOCK=power_of_two(k),
+        num_warps=8 if k > 2048 else 4,
+    )
+
+
+def gated(gate_up: Tensor, span: int, scale: float, out: Tensor) -> None:
+    """out (rows, N) = silu(gate) * up * scale. gate_up (rows, 2 N): `span` gates, their ups, the next gates ..."""
     from quantmill.runtime.gpu.kernels.norms import silu_kernel
 
     rows, n = out.shape
     block = min(1024, power_of_two(n))
     early = _early(out.device)
     silu_kernel[(rows, -(-n // block))](
-        gate_up, out, n, scale, BLOCK=block, PDL=early, num_warps=4, **_launch(early)
+        gate_up, out, n, span, scale, BLOCK=block, PDL=early, num_warps=4, **_launch(early)
     )
 
 
@@ -328,33 +373,50 @@ def attend_tiles(
         HAS_WINDOW=windowed and heads.window > 0,
         FP8=cache.key_scales is not None,
         num_warps=TILE_SHAPE[0],
-        num_stages=TILE_SHAPE[1],
+        num_stages=TILE_SHAPE[1] if shared_memory(qkv.device) >= LARGE else 2,
     )
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """y (M, N) = x (M, K) times weight (N, K), fp32 sums; the same bits for a row whatever M is."""
+def dense(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    squares: Tensor | None = None,
+    norm: Gains | None = None,
+) -> None:
+    """y (M, N) = x (M, K) times weight (N, K), fp32 sums; the same bits for a row whatever M is.
+
+    squares and norm: x is as `start` left it, its RMSNorm is made here.
+    """
     from quantmill.runtime.gpu.kernels.dense import dense_kernel
 
     (m, k), n = x.shape, weight.shape[0]
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64
-    bn = 64
+    bm, bn, warps, stages = next(
+        shape for shape in DENSE_SHAPES if m <= shape[0] or shape is DENSE_SHAPES[-1]
+    )
     early = _early(x.device)
-    dense_kernel[(-(-n // bn), -(-m // bm))](
+    dense_kernel[(-(-m // bm), -(-n // bn))](
         x,
         weight,
         weight if bias is None else bias,
+        y if squares is None else squares,
         y,
         m,
         n,
         k,
+        1.0 if norm is None else 1 / norm.scale,
+        EPSILON=0.0 if norm is None else norm.epsilon,
+        COUNT=0 if squares is None else squares.shape[1],
+        COUNTS=1 if squares is None else power_of_two(squares.shape[1]),
         HAS_BIAS=bias is not None,
         BM=bm,
         BN=bn,
         BK=64,
         PDL=early,
-        num_warps=4,
-        num_stages=5,
+        num_warps=warps,
+        num_stages=stages,
         **_launch(early),
     )
 
@@ -364,7 +426,7 @@ def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
     from quantmill.runtime.gpu.kernels.sampling import draw_kernel, peaks_kernel
 
     number, vocab = logits.shape
-    chunks = -(-vocab // CHUNK)
+    chunks, whole = -(-vocab // CHUNK), vocab <= HELD
     tops = logits.new_empty(number, chunks)
     places = torch.empty(number, chunks, dtype=torch.int32, device=logits.device)
     early = _early(logits.device)
@@ -388,9 +450,10 @@ def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
         draws.drawn.shape[1],
         RING=RING,
         CHUNKS=power_of_two(chunks),
-        BLOCK=min(8192, power_of_two(vocab)),
+        BLOCK=power_of_two(vocab) if whole else 8192,
+        WHOLE=whole,
         PDL=early,
-        num_warps=16,
+        num_warps=32 if whole else 16,
         **_launch(early),
     )
 

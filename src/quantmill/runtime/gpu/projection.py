@@ -20,6 +20,7 @@ from quantmill.kernels.triton.packing import tile
 from quantmill.runtime.gpu import ops
 from quantmill.types import CheckpointFormat, PackedLinear
 
+SPAN = 8  # gates, then as many ups: half a tile of the kernel for few rows
 FEW = 128  # rows that go straight from the codes at once
 
 
@@ -77,18 +78,6 @@ class Part:
         bias = self._bias
         return torch.nn.functional.linear(self._read(x), weight, None if bias is None else bias.to(x.dtype))
 
-    def add(self, x: Tensor, times: float, residual: Tensor) -> None:
-        """residual (M, N) float32 += times * product, in float32 throughout: nothing overflows."""
-        weight, x = self.dense(x.dtype), self._read(x)
-        if residual.device.type == "cuda":
-            torch.ops.aten.addmm.dtype_out(
-                residual, x, weight.T, torch.float32, beta=1, alpha=times, out=residual
-            )
-        else:
-            residual.addmm_(x.float(), weight.T.float(), alpha=times)
-        if self._bias is not None:
-            residual += self._bias.float() * times
-
     @property
     def _bias(self) -> Tensor | None:
         return self.bias if self.packed is None else self.packed.tiled.bias
@@ -113,6 +102,9 @@ class Projection:
     order: Tensor | None  # (places,) int32
     places: int  # columns of x
     outputs: int
+    span: int  # of gate_up: so many gates, their ups, the next gates ...
+    holes: bool = False  # some places take no input: they must be 0
+    place_of: Tensor | None = None  # (inputs,) int32: where each input goes, the inverse of `order`
 
     @property
     def nbytes(self) -> int:
@@ -128,11 +120,6 @@ class Projection:
         results = [part.many(x) for part in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
-    def add(self, x: Tensor, times: float, residual: Tensor) -> None:
-        """residual (M, outputs) float32 += the product through a dense copy, times `times`; one part only."""
-        (part,) = self.parts
-        part.add(x, times, residual)
-
     def chunks(self, x: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
         """The product through one dense copy, so many rows at a time."""
         weights = [part.dense(x.dtype) for part in self.parts]
@@ -141,29 +128,27 @@ class Projection:
             results = [p.product(x[at], w) for p, w in zip(self.parts, weights, strict=True)]
             yield at, results[0] if len(results) == 1 else torch.cat(results, 1)
 
-    @property
-    def place_of(self) -> Tensor | None:
-        """(inputs,) int32: where each input goes; the inverse of `order`."""
-        if self.order is None:
-            return None
-        taken = self.order >= 0
-        inverse = torch.empty(int(taken.sum()), dtype=torch.int32, device=self.order.device)
-        places = torch.arange(self.places, dtype=torch.int32, device=self.order.device)
-        inverse[self.order[taken].long()] = places[taken]
-        return inverse
 
+def quantised(linears: Sequence[PackedLinear], span: int = 0) -> Projection:
+    """Stack linears (on one device) that share an input; apart where they cannot be one.
 
-def quantised(linears: Sequence[PackedLinear]) -> Projection:
-    """Stack linears (on one device) that share an input; apart where they cannot be one."""
+    span: weave the outputs of two linears, so many of the first, of the second, of the first ...
+    """
     stacked = stack(linears)
     if stacked is None:
         return apart([part_of(p) for p in linears], linears[0].in_features)
+    if span:
+        stacked = reordered(stacked, woven(stacked.out_features // 2, span, stacked.qweight.device))
     tiled = tile(stacked)
     order, places = tiled.order, tiled.in_features
     if order is not None:  # whoever makes x puts it into this order
         places = order.shape[0]
         tiled = dataclasses.replace(tiled, order=None, in_features=places)
-    return Projection((Part(RunnableLinear.of(tiled), None, None),), order, places, tiled.out_features)
+    part = Part(RunnableLinear.of(tiled), None, None)
+    span = span or part.outputs // 2
+    if order is None:
+        return Projection((part,), None, places, part.outputs, span)
+    return Projection((part,), order, places, part.outputs, span, bool((order < 0).any()), inverse_of(order))
 
 
 def part_of(linear: PackedLinear) -> Part:
@@ -173,12 +158,27 @@ def part_of(linear: PackedLinear) -> Part:
 
 def apart(parts: Sequence[Part], inputs: int) -> Projection:
     """Linears that stay as they are, each reading x as it comes."""
-    return Projection(tuple(parts), None, inputs, sum(p.outputs for p in parts))
+    outputs = sum(p.outputs for p in parts)
+    return Projection(tuple(parts), None, inputs, outputs, outputs // 2)
 
 
 def unquantised(weight: Tensor, bias: Tensor | None) -> Part:
     """A dense linear; `bias` float32."""
     return Part(None, weight.contiguous(), bias)
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """(inputs,) int32: the place of every input. `order`: the input of every place, below 0: none."""
+    taken = order >= 0
+    places = torch.arange(len(order), dtype=torch.int32, device=order.device)[taken]
+    inverse = torch.empty_like(places)
+    inverse[order[taken].long()] = places
+    return inverse
+
+
+def woven(columns: int, span: int, device: torch.device) -> Tensor:
+    """(2 * columns,) int64: the outputs of two linears of `columns` each, `span` of each by turns."""
+    return torch.arange(2 * columns, device=device).view(2, -1, span).transpose(0, 1).reshape(-1)
 
 
 def stack(linears: Sequence[PackedLinear]) -> PackedLinear | None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from quantmill.runtime.gpu import ops
-from quantmill.runtime.gpu.layers import Model, RowsAttention, final_states, logits_of
+from quantmill.runtime.gpu.fused import fused_logits, fused_states, normed
+from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, final_states, logits_of
 from quantmill.runtime.gpu.ops import Draws, Rows, Scratch
-from quantmill.runtime.gpu.projection import Projection
 from quantmill.runtime.interface import Piece
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_ROWS = BUCKETS[-1]
+FUSED_ROWS = 16  # up to so many rows the kernel whose ends do everything else is the fastest
 _SLOTS = 2  # inputs on their way at once
 
 
@@ -29,6 +30,7 @@ class Kind(Enum):
 
     ALONE = "one token of every sequence"
     TOGETHER = "several tokens of a sequence"
+    STATES = "several tokens of a sequence, for their final states"
     DRAWING = "one token of every sequence, and the next is drawn and put in its place"
 
 
@@ -77,7 +79,7 @@ class Inputs:
 
 
 class Steps:
-    """Runs decode steps of one model."""
+    """Runs decode steps of one model. The next step overwrites a step's result."""
 
     def __init__(self, model: Model, lines: int) -> None:
         self._model = model
@@ -85,18 +87,17 @@ class Steps:
         self.inputs = Inputs(lines, device)
         self._scratch = Scratch.of(MOST_ROWS, model.heads[0], device)
         self.draws = Draws.of(MOST_ROWS, device)
-        self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def run(self, pieces: Sequence[Piece], logits: bool = True) -> Tensor:
         """One step -> logits (tokens of all pieces, vocab), or final states; overwritten by the next step."""
         count = sum(len(p.tokens) for p in pieces)
         bucket = bucket_of(count)
-        kind = Kind.ALONE if count == len(pieces) else Kind.TOGETHER
+        kind = Kind.STATES if not logits else Kind.ALONE if count == len(pieces) else Kind.TOGETHER
         self.ready(bucket, kind)
         self.inputs.send(pieces, bucket)
-        states, scores = self.replay(bucket, kind)
-        return (scores if logits else states)[:count]
+        return self.replay(bucket, kind)[:count]
 
     def ready(self, bucket: int, kind: Kind) -> None:
         """Make the graph now if it is not there."""
@@ -104,37 +105,43 @@ class Steps:
             self.inputs.send([], bucket)  # filler only: running it changes nothing
             self._graphs[bucket, kind] = self.capture(lambda: self._body(bucket, kind))
 
-    def replay(self, bucket: int, kind: Kind) -> tuple[Tensor, Tensor]:
-        """The step on what lies in `inputs` -> states and logits of every row. It has to be ready."""
+    def replay(self, bucket: int, kind: Kind) -> Tensor:
+        """The step on what lies in `inputs` -> logits, or states, of every row. It has to be ready."""
         if self._pool is None:
             return self._body(bucket, kind)
-        graph, states, logits = self._graphs[bucket, kind]
+        graph, found = self._graphs[bucket, kind]
         graph.replay()
-        return states, logits
+        return found
 
-    def capture(
-        self, body: Callable[[], tuple[Tensor, Tensor]]
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+    def capture(self, body: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The body as a graph. It runs once before, which compiles its kernels."""
         body()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            states, logits = body()
-        return graph, states, logits
+            found = body()
+        return graph, found
 
     def close(self) -> None:
         """Let the graphs and their memory go."""
         self._graphs.clear()
 
-    def _body(self, bucket: int, kind: Kind) -> tuple[Tensor, Tensor]:
+    def _body(self, bucket: int, kind: Kind) -> Tensor:
         rows = self.inputs.rows(bucket)
-        attention = RowsAttention(rows, self._scratch, alone=kind is not Kind.TOGETHER)
-        states = final_states(self._model, rows.tokens, Projection.few, attention)
-        logits = logits_of(self._model, states)
+        attention = RowsAttention(rows, self._scratch, alone=kind in (Kind.ALONE, Kind.DRAWING))
+        if self._model.fused and bucket <= FUSED_ROWS:
+            x, squares = fused_states(self._model, rows.tokens, attention)
+            if kind is Kind.STATES:
+                return normed(self._model, x, squares)
+            logits = fused_logits(self._model, x, squares)
+        else:
+            states = final_states(self._model, rows.tokens, FEW_ROWS, attention)
+            if kind is Kind.STATES:
+                return states
+            logits = logits_of(self._model, states)
         if kind is Kind.DRAWING:
             ops.draw(logits, self.draws, rows)
-        return states, logits
+        return logits
 
 
 def bucket_of(rows: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill.runtime.gpu.ops import Draws, Heads, LayerCache, Rows, Scratch
+from quantmill.runtime.gpu.ops import Draws, Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.interface import PAGE
 
 
@@ -42,9 +42,25 @@ def add_normed(
     out.copy_(normed)
 
 
-def gated(gate_up: Tensor, scale: float, out: Tensor) -> None:
+def start(
+    residual: Tensor,
+    embedding: Tensor,
+    tokens: Tensor,
+    norm: Gains,
+    position: Tensor | None,
+    after: Tensor,
+    squares: Tensor,
+) -> None:
+    """See ops.start."""
+    residual.copy_(embedding[tokens.long()].float())
+    squares.copy_(residual.square().view(len(tokens), -1, 16).sum(2))
+    place = torch.arange(residual.shape[1]) if position is None else position.long()
+    after[:, place.to(after.device)] = (residual * norm.gain * norm.scale).to(after.dtype)
+
+
+def gated(gate_up: Tensor, span: int, scale: float, out: Tensor) -> None:
     """See ops.gated."""
-    gate, up = gate_up.float().chunk(2, 1)
+    gate, up = gate_up.float().view(len(out), -1, 2, span).permute(2, 0, 1, 3).reshape(2, *out.shape)
     out.copy_(torch.nn.functional.silu(gate) * up * scale)
 
 
@@ -99,9 +115,20 @@ def attend_tiles(
             _place(out[first + i], seen, places_of)
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def dense(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    *,
+    squares: Tensor | None = None,
+    norm: Gains | None = None,
+) -> None:
     """See ops.dense."""
-    y.copy_(torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float()))
+    product = x.float() @ weight.float().T
+    if squares is not None and norm is not None:
+        product *= torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[1] + norm.epsilon) / norm.scale
+    y.copy_(product if bias is None else product + bias.float())
 
 
 def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from quantmill.architectures import Dimensions, architecture_of, dimensions
 from quantmill.runtime.cpu.settings import Settings
-from quantmill.runtime.gpu.projection import Projection, apart, part_of, quantised, reordered, unquantised
+from quantmill.runtime.gpu.projection import (
+    SPAN,
+    Projection,
+    apart,
+    part_of,
+    quantised,
+    reordered,
+    unquantised,
+)
 from quantmill.runtime.gpu.selftest import Probe, probe
 from quantmill.runtime.gpu.upload import Uploader
 from quantmill.types import PackedLinear
@@ -36,7 +44,6 @@ class Block:
     query_norm: Tensor | None  # (head_dim,) float32
     key_norm: Tensor | None
     output: Projection
-    output_places: Tensor | None  # where attention puts its elements for `output`
     mlp_norm: Tensor
     gate_up: Projection
     down: Projection
@@ -103,12 +110,14 @@ class _Reader:
             self.probes[module] = probe(module, packed)
         return packed
 
-    def together(self, modules: Sequence[str], order: Tensor | None = None) -> Projection:
-        """Modules that share an input; the outputs of each in `order`."""
+    def together(
+        self, modules: Sequence[str], order: Tensor | None = None, woven: bool = False
+    ) -> Projection:
+        """Modules that share an input; the outputs of each in `order`. `woven`: SPAN of each by turns."""
         packed = [self.packed(m) for m in modules]
         found = [reordered(p, order) for p in packed if p is not None]
         if len(found) == len(modules):
-            return quantised(found)
+            return quantised(found, SPAN if woven else 0)
         parts = [
             unquantised(*self._dense(m, order)) if p is None else part_of(reordered(p, order))
             for m, p in zip(modules, packed, strict=True)
@@ -145,14 +154,13 @@ def _block(reader: _Reader, name: str, settings: Settings) -> Block:
         assert packed is not None, "only a quantised linear has an order"
         down, order = apart([part_of(packed)], packed.in_features), None
     output, mlp_norm = reader.together(names[1]), reader.floats(f"{name}.post_attention_layernorm.weight")
-    gate_up = reader.together(names[2], order)
+    gate_up = reader.together(names[2], order, woven=True)
     return Block(
         attention_norm=reader.floats(f"{name}.input_layernorm.weight"),
         qkv=reader.together(names[0]),
         query_norm=reader.optional(f"{name}.self_attn.q_norm.weight"),
         key_norm=reader.optional(f"{name}.self_attn.k_norm.weight"),
         output=output,
-        output_places=output.place_of,
         mlp_norm=mlp_norm,
         gate_up=gate_up,
         down=down,
@@ -179,8 +187,8 @@ def shrink_for(gate_up: Projection, norm: Tensor, down: Projection) -> float:
     After RMSNorm an input's length is at most sqrt(K) before `norm`, so |gate_n| <= sqrt(K) |W_n * norm|
     (Cauchy and Schwarz), and silu(x) <= x in size; |down_n| <= |W_n * these bounds|, summed without signs.
     """
-    gate, up = _lengths(gate_up, norm).chunk(2)
-    inner = gate * up * norm.shape[0]
+    gate, up = _lengths(gate_up, norm).view(-1, 2, gate_up.span).unbind(1)
+    inner = (gate * up).reshape(-1) * norm.shape[0]
     (part,) = down.parts
     spread = gathered(inner, part.order)
     rows = torch.split(part.dense(torch.float16), 1024)

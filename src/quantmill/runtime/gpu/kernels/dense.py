@@ -12,10 +12,15 @@ def dense_kernel(
     x,  # (M, K) fp16 or bf16
     weight,  # (N, K) as x
     bias,  # (N,) float32; not read unless HAS_BIAS
+    squares,  # (M, COUNT) float32: sums of squares that x's norm is made from; not read unless COUNT
     y,  # (M, N) float32 or as x
     M,
     N,
     K,
+    unscale,  # COUNT: results are times this and x's norm
+    EPSILON: tl.constexpr,
+    COUNT: tl.constexpr,
+    COUNTS: tl.constexpr,  # a power of two, at least COUNT
     HAS_BIAS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -23,8 +28,8 @@ def dense_kernel(
     PDL: tl.constexpr,
 ):
     """One program: BN outputs of BM rows. What is added to what does not depend on M."""
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)  # first, so that programs side by side share their weights
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     i = tl.arange(0, BK)
     if PDL:
         gdc_launch_dependents()
@@ -39,6 +44,11 @@ def dense_kernel(
         )  # fmt: skip
         inputs = tl.load(x + m[None, :] * K + k[:, None], mask=rows & (k < K)[:, None], other=0.0)
         total = tl.dot(w, inputs, total)
+    if COUNT > 0:
+        i = tl.arange(0, COUNTS)
+        seen = (m < M)[:, None] & (i < COUNT)[None, :]
+        sums = tl.sum(tl.load(squares + m[:, None] * COUNT + i[None, :], mask=seen, other=0.0), 1)
+        total *= (tl.rsqrt(sums / K + EPSILON) * unscale)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0)[:, None]
     at = y + m.to(tl.int64)[None, :] * N + n[:, None]

@@ -60,9 +60,10 @@ def norm_kernel(
 
 @triton.jit
 def silu_kernel(
-    gate_up,  # (rows, 2 N) any float: gates, then ups
+    gate_up,  # (rows, 2 N) any float: `span` gates, their ups, the next gates ...
     out,  # (rows, N) fp16 or bf16
     N,
+    span,
     scale,  # a power of two that keeps products within fp16
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -74,7 +75,40 @@ def silu_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = n < N
-    gate = tl.load(gate_up + row * 2 * N + n, mask=here, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * N + N + n, mask=here, other=0.0).to(tl.float32)
+    at = gate_up + row * 2 * N + n // span * (2 * span) + n % span
+    gate = tl.load(at, mask=here, other=0.0).to(tl.float32)
+    up = tl.load(at + span, mask=here, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(tl.minimum(-gate, 80.0))) * up * scale
     tl.store(out + row * N + n, value.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def start_kernel(
+    residual,  # (rows, K) float32: written
+    embedding,  # (vocab, K)
+    tokens,  # (rows,) int32
+    gain,  # (K,) float32
+    position,  # (K,) int32: where an input goes in `after`; not read unless HAS_POSITION
+    after,  # (rows, places) fp16 or bf16
+    squares,  # (rows, K / 16) float32
+    K,
+    places,
+    scale,
+    HAS_POSITION: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least K
+):
+    """One program: one row's residual, what the first linear reads of it, not yet normed, and its squares."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    here = k < K
+    token = tl.load(tokens + row).to(tl.int64)
+    x = tl.load(embedding + token * K + k, mask=here, other=0.0).to(tl.float32)
+    tl.store(residual + row * K + k, x, mask=here)
+    sums = tl.sum(tl.reshape(x * x, (BLOCK // 16, 16)), 1)
+    i = tl.arange(0, BLOCK // 16)
+    tl.store(squares + row * (K // 16) + i, sums, mask=i < K // 16)
+    place = k
+    if HAS_POSITION:
+        place = tl.load(position + k, mask=here, other=0)
+    value = x * scale * tl.load(gain + k, mask=here, other=0.0)
+    tl.store(after + row * places + place, value.to(after.dtype.element_ty), mask=here)

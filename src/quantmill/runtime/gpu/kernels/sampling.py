@@ -37,16 +37,21 @@ def peaks_kernel(
 
 
 @triton.jit
-def _measure(line, best, sharpness, threshold, V, BLOCK: tl.constexpr):
+def _measure(held, line, best, sharpness, threshold, V, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """How many tokens are at least at the threshold, and the sum of their weights."""
     count = 0
     mass = 0.0
-    for first in tl.range(0, V, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        z = (tl.load(line + i, mask=i < V, other=float("-inf")) - best) * sharpness
-        kept = z >= threshold
-        count += tl.sum(kept.to(tl.int32), 0)
-        mass += tl.sum(tl.where(kept, tl.exp(z), 0.0), 0)
+    if WHOLE:
+        kept = held >= threshold
+        count = tl.sum(kept.to(tl.int32), 0)
+        mass = tl.sum(tl.where(kept, tl.exp(held), 0.0), 0)
+    else:
+        for first in tl.range(0, V, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            z = (tl.load(line + i, mask=i < V, other=float("-inf")) - best) * sharpness
+            kept = z >= threshold
+            count += tl.sum(kept.to(tl.int32), 0)
+            mass += tl.sum(tl.where(kept, tl.exp(z), 0.0), 0)
     return count, mass
 
 
@@ -69,6 +74,7 @@ def draw_kernel(
     RING: tl.constexpr,
     CHUNKS: tl.constexpr,  # a power of two, at least `chunks`
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # BLOCK holds the vocabulary: it is read once
     PDL: tl.constexpr,
 ):
     """One program draws one row's token and puts it where the next step finds it."""
@@ -88,6 +94,10 @@ def draw_kernel(
     step = tl.load(steps + row)
     if sharp > 0:
         line = logits + row.to(tl.int64) * V
+        held = best
+        if WHOLE:
+            i = tl.arange(0, BLOCK)
+            held = (tl.load(line + i, mask=i < V, other=float("-inf")) - best) * sharp
         wanted = tl.load(top_ks + row)
         low, high = DEPTH, 0.0
         if wanted < V:
@@ -95,21 +105,21 @@ def draw_kernel(
             count = V
             while (rounds < HALVINGS) & (count != wanted):
                 middle = (low + high) * 0.5
-                count, _ = _measure(line, best, sharp, middle, V, BLOCK)
+                count, _ = _measure(held, line, best, sharp, middle, V, BLOCK, WHOLE)
                 low = tl.where(count >= wanted, middle, low)
                 high = tl.where(count >= wanted, high, middle)
                 rounds += 1
-        count, mass = _measure(line, best, sharp, low, V, BLOCK)
+        count, mass = _measure(held, line, best, sharp, low, V, BLOCK, WHOLE)
         share = tl.load(top_ps + row)
         if share < 1:
             goal = share * mass
             high = 0.0
             for _ in range(HALVINGS):
                 middle = (low + high) * 0.5
-                count, part = _measure(line, best, sharp, middle, V, BLOCK)
+                count, part = _measure(held, line, best, sharp, middle, V, BLOCK, WHOLE)
                 low = tl.where(part >= goal, middle, low)
                 high = tl.where(part >= goal, high, middle)
-            count, mass = _measure(line, best, sharp, low, V, BLOCK)
+            count, mass = _measure(held, line, best, sharp, low, V, BLOCK, WHOLE)
         target = tl.load(uniforms + (step % RING) * width + row) * mass
         before = 0.0
         found = 0
