@@ -9,8 +9,8 @@ import torch
 
 from quantmill.quantize.moments import Goal, Moments, pooled
 from quantmill.quantize.presets import BEST
-from quantmill.quantize.refine import choose_shifts, shift_step, solve_best, usable_orders
-from quantmill.quantize.solver import dequantize, factorise, solve_group
+from quantmill.quantize.refine import choose_target, shift_step, solve_best, usable_orders
+from quantmill.quantize.solver import dequantize, solve_group
 from quantmill.types import ActOrder, QuantConfig
 
 N, K = 24, 64
@@ -66,8 +66,7 @@ def test_pooling_is_one_sum_over_all_tokens() -> None:
 def test_the_full_shift_is_the_least_squares_target() -> None:
     case = Case()
     goal = case.goal(FIT)
-    factor, _ = factorise(goal.H, QuantConfig(damp_percent=1e-6))
-    T = case.W + shift_step(case.W, goal, factor.damped)
+    T = case.W + shift_step(case.W, goal, 1e-6)
     x, y = case.x[FIT].double(), case.original[FIT].double() @ case.W.T.double()
     exact = torch.linalg.lstsq(x, y).solution.T
     assert torch.allclose(T.double(), exact, atol=2e-3)
@@ -77,17 +76,21 @@ def test_the_full_shift_is_the_least_squares_target() -> None:
 def test_no_mismatch_no_shift() -> None:
     case = Case(mismatch=0.0)
     goal = case.goal(FIT)
-    factor, _ = factorise(goal.H, QuantConfig())
-    assert float(shift_step(case.W, goal, factor.damped).abs().max()) < 1e-3
+    assert float(shift_step(case.W, goal, 0.05).abs().max()) < 1e-3
 
 
-def test_shifts_are_chosen_per_module_on_held_out_tokens() -> None:
+def test_targets_are_chosen_per_module_on_held_out_tokens() -> None:
     case = Case()
-    goal, judge = case.goal(FIT), case.goal(HELD)
-    factor, _ = factorise(goal.H, QuantConfig())
-    step = shift_step(case.W, goal, factor.damped)
-    step[N // 2 :] = -step[N // 2 :]  # a step that leads away is not taken
-    assert choose_shifts(case.W, step, [N // 2, N // 2], judge, (0.0, 0.5, 1.0)) == (1.0, 0.0)
+    fit, judge = case.goal(FIT), case.goal(HELD)
+    half = N // 2
+    fit.R[half:] = (case.W[half:] @ fit.H) * 2 - fit.R[half:]  # a step that leads away is not taken
+    recipe = replace(BEST, shifts=(0.0, 0.5, 1.0), shift_ridges=(0.01, 10.0))
+    T, (first, second) = choose_target(case.W, [half, half], fit, judge, recipe)
+    assert (first.strength, first.ridge) == (1.0, 0.01)
+    assert second.strength == 0.0
+    assert torch.equal(T[half:], case.W[half:])
+    expected = case.W + shift_step(case.W, fit, 0.01)
+    assert torch.equal(T[:half], expected[:half])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

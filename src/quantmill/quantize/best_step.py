@@ -21,14 +21,15 @@ from quantmill.quantize.best import held_lanes, replay_block, solve_block
 from quantmill.quantize.block_tuning import tune_block
 from quantmill.quantize.distill import distill
 from quantmill.quantize.job import Job, ModuleSolved, OnEvent
-from quantmill.quantize.presets import DISTILL, TUNE, Recipe
+from quantmill.quantize.presets import DISTILL, TUNE, Recipe, lowest_bits
 from quantmill.quantize.two_streams import Pair
 from quantmill.quantize.work import SolvedBlock
-from quantmill.types import IntLinear, PackedLinear, QuantConfig
+from quantmill.types import IntLinear, PackedLinear, QuantConfig, Variant
 
 if TYPE_CHECKING:
     from quantmill.quantize.pipeline import Stream
 
+HELD_ROWS = 0.1  # of the rows judge distillation
 LANES = 10  # at least so many pairs where the rows allow: a tenth of them can be held out
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
@@ -75,7 +76,9 @@ class BestStep:
         if self.tune:
             held = held_lanes(len(self.pairs), self.recipe.heldout)
             inputs, wanted = [p.quantised for p in self.pairs], [p.original for p in after]
-            tuned = tune_block(self.block, linears, inputs, wanted, self.frames, held, TUNE[self.config.bits])
+            tuned = tune_block(
+                self.block, linears, inputs, wanted, self.frames, held, TUNE[lowest_bits(self.stream.variant)]
+            )
             linears, norms = tuned.linears, tuned.norms
             gain = f"block tuned {tuned.tuned.before:.3g} -> {tuned.tuned.after:.3g}"
             reports = tuple(replace(r, choice=f"{r.choice}, {gain}") for r in reports)
@@ -167,28 +170,40 @@ def _unpack(
 
 
 def finish(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> None:
-    """Distil a variant whose blocks are all solved, if asked to and not done yet."""
-    if not job.distill or stream.original is None or stream.work.read(blocks) is not None:
+    """Distil a variant whose blocks are all solved, if asked to; what an earlier run distilled is kept."""
+    if not job.distill or stream.original is None:
         return
-    rows = job.calibration.blocks
+    kept = stream.work.read(blocks)
+    if kept is None:
+        kept = _distil(job, checkpoint, stream, blocks)
+        stream.work.write(blocks, kept)
+    stream.reports[:] = kept.reports
+
+
+def _distil(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> SolvedBlock:
+    """Scales and norms that distillation changed, and all reports with what it brought."""
     solved = [block for i in range(blocks) if (block := stream.work.read(i)) is not None]
     tensors = {name: t for block in solved for name, t in block.tensors.items()}
-    original = _whole_model(checkpoint, torch.device(job.device))
+    original, rows = _whole_model(checkpoint, torch.device(job.device)), job.calibration.blocks
     student = copy.deepcopy(original, memo={id(p): p for p in original.parameters()})
-    linears = {}
-    for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-        shape = tuple(student.get_parameter(f"{name}.weight").shape)
-        config = stream.variant.config_of(name)
-        linears[name] = _unpack(tensors, name, config, shape, torch.device(job.device))
+    linears = _linears(tensors, student, stream.variant, torch.device(job.device))
     for name in [n for n in tensors if n.endswith(".weight")]:
         _set_weight(student, name.removesuffix(".weight"), tensors[name].float().to(job.device))
-    held = max(1, round(0.1 * len(rows)))
-    done = distill(student, original, linears, rows, held, DISTILL[stream.variant.config.bits])
+    held = max(1, round(HELD_ROWS * len(rows)))
+    done = distill(student, original, linears, rows, held, DISTILL[lowest_bits(stream.variant)])
     changed = {f"{name}.scales": q.scales.T.contiguous().cpu() for name, q in done.linears.items()}
     changed |= {f"{name}.weight": w.half().cpu() for name, w in done.norms.items()}
     gain = f"distilled {done.tuned.before:.4g} -> {done.tuned.after:.4g}"
-    stream.reports[:] = [replace(r, choice=f"{r.choice}, {gain}") for r in stream.reports]
-    stream.work.write(blocks, SolvedBlock(changed, tuple(stream.reports[-1:])))
+    return SolvedBlock(changed, tuple(replace(r, choice=f"{r.choice}, {gain}") for r in stream.reports))
+
+
+def _linears(
+    tensors: Mapping[str, Tensor], student: nn.Module, variant: Variant, device: torch.device
+) -> dict[str, IntLinear]:
+    """Every packed linear, by full name."""
+    names = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
+    shapes = {name: tuple(student.get_parameter(f"{name}.weight").shape) for name in names}
+    return {n: _unpack(tensors, n, variant.config_of(n), shapes[n], device) for n in names}
 
 
 def _whole_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadRequest
+from quantmill.quantize.awq_out import write_awq_variant
+from quantmill.quantize.awq_step import AwqStep
 from quantmill.quantize.block_step import BlockStep
-from quantmill.quantize.folder import REPORT, write_variant
-from quantmill.quantize.gguf_mix import mix_name
+from quantmill.quantize.folder import write_variant
+from quantmill.quantize.gguf_mix import gguf_bytes
 from quantmill.quantize.gguf_out import write_gguf_variant
 from quantmill.quantize.gguf_step import GgufStep
 from quantmill.quantize.job import Finished, Job
+from quantmill.quantize.plan import size_bytes
 from quantmill.types import Json, Variant
 
 Writer = Callable[[Job, Variant, Checkpoint, Iterable[tuple[str, Tensor]], Json], Finished]
@@ -35,6 +37,7 @@ class Container:
 
 CONTAINERS = {
     "gptq": Container(None, write_variant),
+    "awq": Container(AwqStep, write_awq_variant),
     "gguf": Container(GgufStep, write_gguf_variant),
 }
 
@@ -47,14 +50,7 @@ def container_of(variant: Variant) -> Container:
     return CONTAINERS[name]
 
 
-def check_container(name: str) -> str:
-    """`name` in its own spelling: gguf:Q4_K -> gguf:Q4_K_M. Raises UserError for what is not written."""
-    kind, _, mix = name.partition(":")
-    if kind == "gguf":
-        return f"gguf:{mix_name(mix)}"
-    return name
-
-
-def finished_in(folder: Path) -> bool:
-    """Whether a folder is a complete variant."""
-    return (folder / REPORT).is_file()
+def planned_bytes(config: Json, variant: Variant) -> int:
+    """Bytes of a variant's weight files, from config.json alone."""
+    kind, _, mix = variant.container.partition(":")
+    return gguf_bytes(config, mix) if kind == "gguf" else size_bytes(config, variant.config)

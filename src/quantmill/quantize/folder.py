@@ -79,7 +79,7 @@ def write_variant(
     with atomic_folder(target) as folder:
         save_tensors(folder, _all_tensors(checkpoint, solved))
         _write_configs(folder, checkpoint, variant, report)
-        _copy_companions(checkpoint.folder, folder, checkpoint.config)
+        copy_companions(checkpoint.folder, folder, checkpoint.config)
         write_json(folder / REPORT, report)
         write_manifest(folder)
     modules = tuple(ModuleReport(**m) for m in report["modules"])
@@ -122,7 +122,7 @@ def _write_configs(folder: Path, checkpoint: Checkpoint, variant: Variant, repor
     write_json(folder / "quantize_config.json", quant)
 
 
-def _copy_companions(source: Path, folder: Path, config: Json) -> None:
+def copy_companions(source: Path, folder: Path, config: Json) -> None:
     for name in COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

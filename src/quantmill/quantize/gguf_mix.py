@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from quantmill.architectures import Dimensions, dimensions
 from quantmill.errors import UnsupportedModel
-from quantmill.formats.gguf import TYPES, BlockType
+from quantmill.formats.gguf import TYPES, BlockType, row_bytes
 from quantmill.types import Json
 
 
@@ -113,6 +113,19 @@ def tensor_types(config: Json, name: str) -> dict[str, BlockType]:
             wanted = choice if isinstance(choice, str) else choice(place)
             types[f"model.layers.{layer}.{module}"] = fitting(wanted, shape.in_features)
     return types | _outer(mix.base, sizes)
+
+
+def gguf_bytes(config: Json, name: str) -> int:
+    """Bytes of a file's tensors: linears, embedding and head on their types, norms in float32."""
+    from quantmill.architectures import architecture_of, linear_shapes
+
+    sizes, shapes = dimensions(config), linear_shapes(config)
+    total = 4 * (sizes.hidden + sizes.layers * architecture_of(config).norms_per_block(sizes))
+    for module, kind in tensor_types(config, name).items():
+        shape = shapes.get(module.split(".", 3)[-1])
+        rows, columns = (shape.out_features, shape.in_features) if shape else (sizes.vocab, sizes.hidden)
+        total += rows * row_bytes(kind, columns)
+    return total
 
 
 def _outer(base: str, sizes: Dimensions) -> dict[str, BlockType]:

@@ -6,7 +6,6 @@ are float32, as llama.cpp wants them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,3 @@ def _plain(
     dtype = torch.float16 if matrix else torch.float32
     load: Callable[[], Tensor] = lambda: solved[name] if name in solved else checkpoint.load(name)  # noqa: E731
     return GgufTensor(name, shape, "F16" if matrix else "F32", lambda: load().to(dtype).numpy())
-
-
-def as_branch(mix: str, config: Any) -> Variant:
-    """The variant of a mix: its branch is named after it."""
-    return Variant(mix, dataclasses.replace(config, bits=4), container=f"gguf:{mix}")

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -70,7 +71,8 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
     residence = _residence(job, to_do or job.variants, checkpoint)
     streams = [_open_stream(job, v, shell, residence, ranks) for v in to_do]
     tell(RunStarted(len(shell), len(shell.architecture.modules), tuple(s.variant.branch for s in streams)))
-    with torch.no_grad(), ThreadPoolExecutor(1) as writer:  # block tuning turns gradients on for itself
+    # block tuning turns gradients on for itself
+    with _memory_named(job), torch.no_grad(), ThreadPoolExecutor(1) as writer:
         for index in range(len(shell)) if streams else ():
             _quantize_block(job, shell, index, streams, writer, tell)
         for stream in streams:
@@ -84,6 +86,19 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
     made: list[Finished] = ranks.agreed([done for done in finished.values() if done is not None])
     leave(ranks)
     return made
+
+
+@contextmanager
+def _memory_named(job: Job) -> Iterator[None]:
+    """What torch raises when a GPU's memory runs out, as an error with a cure."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        limit = "what is free" if job.max_vram is None else f"--max-vram {job.max_vram / 1e9:.1f}GB"
+        raise BadRequest(
+            f"the GPU's memory ran out within {limit} ({str(e).splitlines()[0][:100]}): finished blocks are "
+            "kept, go on with --resume and a smaller --max-vram, which plans for less at a time"
+        ) from e
 
 
 def _refuse_unspread(job: Job, variants: Sequence[Variant], ranks: Ranks) -> None:
@@ -104,9 +119,9 @@ def _residence(job: Job, variants: Sequence[Variant], checkpoint: Checkpoint) ->
     """Within the limits asked for; without any, within what the GPU has free (and is then held to)."""
     device, vram = torch.device(job.device), job.max_vram
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info()
         vram = min(free, vram or free)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, vram - GPU_BASE / 2) / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, vram - GPU_BASE / 2) / total))
     samples, seqlen = job.calibration.blocks.shape
     two = any(recipe_of(job.preset, v).two_streams for v in variants if container_of(v).step is None)
     load = load_of(checkpoint.config, variants, samples, seqlen, device.type, two)

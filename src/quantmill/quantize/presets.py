@@ -21,6 +21,7 @@ class Recipe:
     damps: tuple[float, ...] = ()  # tried on held-out loss; empty: the variant's own
     orders: tuple[str, ...] = ("static",)  # tried on held-out loss: static, group-aware
     shifts: tuple[float, ...] = (0.0,)  # strengths of the target shift tried on held-out loss
+    shift_ridges: tuple[float, ...] = (0.1,)  # and its ridges, shares of the Hessian's mean diagonal
     residual: bool = False  # linears that write to the residual stream make up for its error, too
     rounds: int = 0  # of (descent, refit), each kept only where held-out loss falls
     pooled: bool = False  # solve again on fit and held-out rows together once the choices are made
@@ -39,9 +40,9 @@ class Schedule:
 FAST = Recipe("fast", two_streams=False, heldout=0.0)
 BEST = Recipe(
     "best",
-    damps=(0.01, 0.03, 0.1),
-    orders=("static", "group-aware"),
+    damps=(0.03, 0.1, 0.3),
     shifts=(0.0, 0.25, 0.5, 0.75, 1.0),
+    shift_ridges=(0.03, 0.1, 0.3, 1.0),
     residual=True,
     rounds=3,
 )
@@ -50,8 +51,12 @@ PRESETS = {recipe.name: recipe for recipe in (FAST, BEST)}
 
 def recipe_of(preset: str, variant: Variant) -> Recipe:
     """The recipe of a preset for a variant: at 8 bits nothing beyond `fast` can be told from noise."""
-    lowest = min(c.bits for c in (variant.config, *(c for _, c in variant.dynamic)))
-    return FAST if lowest == 8 else PRESETS[preset]
+    return FAST if lowest_bits(variant) == 8 else PRESETS[preset]
+
+
+def lowest_bits(variant: Variant) -> int:
+    """The coarsest of a variant's modules: what training schedules go by."""
+    return min(c.bits for c in (variant.config, *(c for _, c in variant.dynamic)))
 
 
 def module_recipe(recipe: Recipe, config: QuantConfig) -> Recipe:

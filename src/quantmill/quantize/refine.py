@@ -44,8 +44,15 @@ class Attempt:
     factor: Factor
     fallback: str | None
     order: str
-    shifts: tuple[float, ...]  # per module
     loss: Tensor  # (N,) float64 on the judge's tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """How far a module's target was moved, and how firmly: strength a and ridge, a share of the mean diagonal."""
+
+    strength: float
+    ridge: float
 
 
 def solve_best(
@@ -58,27 +65,63 @@ def solve_best(
     W, rows = torch.cat(list(weights)), [len(w) for w in weights]
     refuse_non_finite(W, fit.H)
     judge = held or fit
-    best = min(_attempts(W, rows, fit, judge, config, recipe), key=lambda a: float(a.loss.sum()))
+    T, shifts = choose_target(W, rows, fit, judge, recipe)
+    best = min(_attempts(T, fit, judge, config, recipe), key=lambda a: float(a.loss.sum()))
     if recipe.pooled and held is not None:
-        best = _again(W, rows, pooled(fit, held), best, config)
+        best = _again(W, rows, pooled(fit, held), best, shifts, config)
     linear, steps = polish(best, rows, judge, config, recipe.rounds)
-    return _report(weights, rows, linear, fit, best, steps)
+    return _report(weights, rows, linear, fit, best, shifts, steps)
 
 
-def _attempts(
-    W: Tensor, rows: list[int], fit: Goal, judge: Goal, config: QuantConfig, recipe: Recipe
-) -> Iterator[Attempt]:
+def choose_target(
+    W: Tensor, rows: list[int], fit: Goal, judge: Goal, recipe: Recipe
+) -> tuple[Tensor, tuple[Shift, ...]]:
+    """T = W + a (R - W H)(H + ridge I)^-1 with a and ridge per module by the judge's loss of T unrounded."""
+    T, chosen, least = W.clone(), [Shift(0.0, 0.0)] * len(rows), [0.0] * len(rows)
+    for ridge in recipe.shift_ridges:
+        step = shift_step(W, fit, ridge)
+        slope = (2 * (W @ judge.H - judge.R) * step).sum(1, dtype=torch.float64)
+        bend = ((step @ judge.H) * step).sum(1, dtype=torch.float64)
+        start = 0
+        for i, count in enumerate(rows):
+            now = slice(start, start + count)
+            a, b = float(slope[now].sum()), float(bend[now].sum())
+            strength = min(recipe.shifts, key=lambda s: s * a + s * s * b)
+            if strength * a + strength**2 * b < least[i]:
+                least[i], chosen[i] = strength * a + strength**2 * b, Shift(strength, ridge)
+                T[now] = W[now] + strength * step[now]
+            start += count
+    return T, tuple(chosen)
+
+
+def shift_step(W: Tensor, goal: Goal, ridge: float) -> Tensor:
+    """(R - W H)(H + ridge I)^-1, (N, K) float32: the full shift; ridge as a share of H's mean diagonal."""
+    damped = goal.H.double()
+    damped.diagonal().add_(ridge * float(damped.diagonal().mean()) + 1e-30)
+    L, info = torch.linalg.cholesky_ex(damped)
+    if int(info):
+        return torch.zeros_like(W)
+    return torch.cholesky_solve((goal.R - W @ goal.H).double().T, L).T.float().contiguous()
+
+
+def _attempts(T: Tensor, fit: Goal, judge: Goal, config: QuantConfig, recipe: Recipe) -> Iterator[Attempt]:
     """One after the other, so that no more than two are held at a time."""
     for damp in recipe.damps or (config.damp_percent,):
         tried = replace(config, damp_percent=damp)
-        step: Tensor | None = None
-        shifts: tuple[float, ...] = ()
-        for order in usable_orders(recipe.orders, tried, W.shape[1]):
-            factor, fallback = factorise(fit.H, tried, _column_order(order, fit.H, tried))
-            if step is None:
-                step = shift_step(W, fit, factor.damped)
-                shifts = choose_shifts(W, step, rows, judge, recipe.shifts)
-            yield _round(W, rows, step, shifts, factor, order, fallback, tried, judge)
+        for order in usable_orders(recipe.orders, tried, T.shape[1]):
+            yield _round(T, order, fit, judge, tried)
+
+
+def _again(
+    W: Tensor, rows: list[int], goal: Goal, chosen: Attempt, shifts: Sequence[Shift], config: QuantConfig
+) -> Attempt:
+    """The chosen attempt once more, on all tokens."""
+    T = W.clone()
+    for ridge in {s.ridge for s in shifts if s.strength}:
+        strengths = [s.strength if s.ridge == ridge else 0.0 for s in shifts]
+        T += per_row(strengths, rows, W.device) * shift_step(W, goal, ridge)
+    config = replace(config, damp_percent=chosen.factor.damp_percent)
+    return _round(T, chosen.order, goal, goal, config)
 
 
 def usable_orders(orders: Sequence[str], config: QuantConfig, in_features: int) -> tuple[str, ...]:
@@ -89,55 +132,12 @@ def usable_orders(orders: Sequence[str], config: QuantConfig, in_features: int) 
     return tuple(o for o in orders if o != "group-aware" or whole)
 
 
-def _column_order(order: str, H: Tensor, config: QuantConfig) -> Tensor | None:
-    return group_aware_order(H.diagonal(), config) if order == "group-aware" else None
-
-
-def _round(
-    W: Tensor,
-    rows: list[int],
-    step: Tensor,
-    shifts: tuple[float, ...],
-    factor: Factor,
-    order: str,
-    fallback: str | None,
-    config: QuantConfig,
-    judge: Goal,
-) -> Attempt:
-    T = W + per_row(shifts, rows, W.device) * step
-    rounder = round_group_aware if order == "group-aware" else round_to_grid
-    linear = rounder(T, factor, config)
-    return Attempt(linear, T, factor, fallback, order, shifts, judge.loss(dequantize(linear)))
-
-
-def _again(W: Tensor, rows: list[int], goal: Goal, chosen: Attempt, config: QuantConfig) -> Attempt:
-    """The chosen attempt once more, on all tokens."""
-    config = replace(config, damp_percent=chosen.factor.damp_percent)
-    factor, fallback = factorise(goal.H, config, _column_order(chosen.order, goal.H, config))
-    step = shift_step(W, goal, factor.damped)
-    return _round(W, rows, step, chosen.shifts, factor, chosen.order, fallback, config, goal)
-
-
-def shift_step(W: Tensor, goal: Goal, damped: Tensor) -> Tensor:
-    """(R - W H)(H + lam I)^-1, (N, K) float32: the full shift of the target."""
-    gap = (goal.R - W @ goal.H).double()
-    L = torch.linalg.cholesky(damped.double())
-    return torch.cholesky_solve(gap.T, L).T.float().contiguous()
-
-
-def choose_shifts(
-    W: Tensor, step: Tensor, rows: list[int], judge: Goal, strengths: Sequence[float]
-) -> tuple[float, ...]:
-    """Per module the strength with the least loss of the unrounded target W + a step."""
-    if len(strengths) == 1:
-        return (strengths[0],) * len(rows)
-    linear_part = (2 * (W @ judge.H - judge.R) * step).sum(1, dtype=torch.float64)
-    square_part = ((step @ judge.H) * step).sum(1, dtype=torch.float64)
-    chosen = []
-    for a, b in zip(torch.split(linear_part, rows), torch.split(square_part, rows), strict=True):
-        slope, bend = float(a.sum()), float(b.sum())
-        chosen.append(min(strengths, key=lambda s: s * slope + s * s * bend))
-    return tuple(chosen)
+def _round(T: Tensor, order: str, fit: Goal, judge: Goal, config: QuantConfig) -> Attempt:
+    aware = order == "group-aware"
+    columns = group_aware_order(fit.H.diagonal(), config) if aware else None
+    factor, fallback = factorise(fit.H, config, columns)
+    linear = (round_group_aware if aware else round_to_grid)(T, factor, config)
+    return Attempt(linear, T, factor, fallback, order, judge.loss(dequantize(linear)))
 
 
 def per_row(values: Sequence[float], rows: list[int], device: torch.device) -> Tensor:
@@ -208,6 +208,7 @@ def _report(
     linear: IntLinear,
     fit: Goal,
     chosen: Attempt,
+    shifts: Sequence[Shift],
     steps: list[int],
 ) -> list[Solution]:
     parts = split_rows(linear, rows)
@@ -217,7 +218,8 @@ def _report(
             relative_loss(w, dequantize(part), fit.H),
             chosen.factor.damp_percent,
             chosen.fallback,
-            f"damp {chosen.factor.damp_percent:g}, {chosen.order}, shift {shift:g}, {kept} refinements",
+            f"damp {chosen.factor.damp_percent:g}, {chosen.order}, shift {shift.strength:g} "
+            f"(ridge {shift.ridge:g}), {kept} refinements",
         )
-        for w, part, shift, kept in zip(weights, parts, chosen.shifts, steps, strict=True)
+        for w, part, shift, kept in zip(weights, parts, shifts, steps, strict=True)
     ]

@@ -72,6 +72,7 @@ class Shell:
         self.base.rotary_emb = type(self.base.rotary_emb)(config=self.base.config).to(device)
         self.blocks = self.base.layers
         self._ahead = _Ahead(self._read_pinned, len(self.blocks)) if device.type == "cuda" else None
+        self._embedding: Tensor | None = None
         self._frames: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
 
     def __len__(self) -> int:
@@ -79,8 +80,9 @@ class Shell:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) -> hidden states (B, L, hidden) float32."""
-        weight = self._tensor("model.embed_tokens.weight")
-        return nn.functional.embedding(ids, weight).float().to(self.device)
+        if self._embedding is None:
+            self._embedding = self._tensor("model.embed_tokens.weight").to(self.device)
+        return nn.functional.embedding(ids.to(self.device), self._embedding).float()
 
     def frames(self, hidden: Tensor, block: int) -> Mapping[str, Any]:
         """What Transformers would pass to block number `block` beside hidden states (B, L, hidden)."""
@@ -109,6 +111,7 @@ class Shell:
 
         A GPU's next block is read beside the work on this one.
         """
+        self._embedding = None  # tokens come before blocks
         block: nn.Module = self.blocks[index]
         tensors = self._ahead.take(index) if self._ahead else self._read(index)
         weights = {name: self._on_device(tensor) for name, tensor in tensors.items()}

@@ -51,7 +51,7 @@ class States(Sequence[Tensor]):
         """Give the memory back; shapes stay known."""
         self._kept.clear()
         if self._side is not None:
-            torch._C._host_emptyCache()  # pinned memory would be kept for the next who asks
+            torch._C._host_emptyCache()  # torch would keep pinned memory for the next who asks
 
 
 class _Kept:
