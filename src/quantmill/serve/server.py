@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.applications import Starlette
 
+log = logging.getLogger("quantmill.serve")
 Mount = Callable[["Starlette", ModelService], None]  # adds a web UI, say
 SHARE = 0.8  # of the device's memory, for all models together
 
@@ -39,7 +41,7 @@ def open_model(source: str, settings: ServeSettings) -> tuple[Path, LLM]:
     """Blocking: fetched if need be, loaded, with a running engine."""
     from quantmill.sources import resolve
 
-    folder = resolve(source)
+    folder = resolve(source, notify=log.info, run=True)
     llm = LLM(
         folder,
         device=settings.device,

@@ -134,10 +134,12 @@ class Run:
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip():
-                self._remarks.append(line.rstrip())
-                del self._remarks[:-LAST_LINES]
+        with process.stdout as lines:
+            for line in lines:
+                if line.strip():
+                    self._remarks.append(line.rstrip())
+                    del self._remarks[:-LAST_LINES]
+        process.wait()
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ class Store:
             data = read_json(self._settings_file(model))
             sampling = _known(SamplingParams, data.pop("sampling", {}), SAMPLING_FIELDS)
             return ModelSettings(**{**_known_values(ModelSettings, data), "sampling": sampling})
-        except (UserError, TypeError, ValueError):
+        except (UserError, TypeError, ValueError, AttributeError):  # whatever the file holds
             return ModelSettings()
 
     def save_settings(self, model: str, settings: ModelSettings) -> None:
