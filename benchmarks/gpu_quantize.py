@@ -1,7 +1,7 @@
 """How long a GPU takes to quantise Mistral-7B shapes, beside what the arithmetic alone would take there.
 
     python benchmarks/gpu_quantize.py [--layers 2] [--variant 4bit-128g ...] [--samples 128] [--seqlen 2048]
-                                      [--max-vram BYTES] [--max-ram BYTES] [--scratch /dev/shm] [--profile]
+                                      [--max-vram BYTES] [--max-ram BYTES] [--source FOLDER] [--profile]
 
 Random weights and tokens (never zeros) in a real safetensors folder, in the scratch folder; the pipeline is
 the product's. With fewer layers than 32 the time of 32 is the time of one more layer, 32 times, plus what
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantmill.architectures import dimensions, linear_shapes
+from quantmill.files import read_json
 from quantmill.hub.variants import parse_variant
 from quantmill.quantize import calibration, memory
 from quantmill.quantize.arithmetic import tensor_cores
@@ -37,7 +38,7 @@ MISTRAL_7B = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, layers: int, device: str) -> dict[str, object]:
+def make_model(folder: Path, layers: int, device: str = "cuda") -> dict[str, object]:
     """A folder of Mistral-7B shapes with random bfloat16 weights, a file per layer."""
     config = MISTRAL_7B | {"num_hidden_layers": layers}
     folder.mkdir(parents=True)
@@ -126,6 +127,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--max-vram", type=float)
     parser.add_argument("--max-ram", type=float)
     parser.add_argument("--preset", default="fast")
+    parser.add_argument("--source", type=Path, help="made there if it does not exist, and kept")
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--profile", action="store_true")
     asked = parser.parse_args(words)
@@ -139,7 +141,9 @@ def main(words: list[str] | None = None) -> None:
 def measure(asked: argparse.Namespace, scratch: Path) -> None:
     variants = tuple(parse_variant(v) for v in asked.variant or ["4bit-128g"])
     rates = measured_rates()
-    config = make_model(scratch / "source", asked.layers, "cuda")
+    source = asked.source or scratch / "source"
+    config = read_json(source / "config.json") if source.exists() else make_model(source, asked.layers)
+    layers = int(config["num_hidden_layers"])
     print(
         "measured rates, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()), flush=True
     )
@@ -167,11 +171,11 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
 
     done = profiled(run) if asked.profile else run()
     total = time.perf_counter() - began
-    ends = [max(t for i, t in marks if i == layer) for layer in range(asked.layers)]
-    layer = (ends[-1] - ends[0]) / max(1, asked.layers - 1)
+    ends = [max(t for i, t in marks if i == layer) for layer in range(layers)]
+    layer = (ends[-1] - ends[0]) / max(1, layers - 1)
     floor = floor_seconds(config, variants, asked.samples, asked.seqlen)
     print(
-        f"{len(variants)} variant(s), {asked.samples} x {asked.seqlen} tokens, {asked.layers} layers: first "
+        f"{len(variants)} variant(s), {asked.samples} x {asked.seqlen} tokens, {layers} layers: first "
         f"layer {ends[0]:.2f} s, each further {layer:.3f} s, writing {total - ends[-1]:.2f} s, all {total:.2f} s"
     )
     print(f"32 layers: {ends[0] + 31 * layer:.1f} s; floor {32 * floor:.1f} s, ratio {layer / floor:.2f}")
@@ -195,7 +199,8 @@ def profiled(run):
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
         done = run()
-    print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=46))
+    rows = sorted(prof.key_averages(), key=lambda e: -e.self_device_time_total)[:32]
+    print("\n".join(f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:6} x {e.key[:70]}" for e in rows))
     return done
 
 

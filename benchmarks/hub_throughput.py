@@ -2,11 +2,11 @@
 
     python benchmarks/hub_throughput.py [--megabytes 2000] [--rounds 3] [--work DIR]
 
-Four branches with weights of their own and a tokenizer file in common. A round is a publish to a new repository, the
-same again, and a download; before each of them the folder is copied (with fsync, as the hub has it) and the copy
-removed, so that every step finds the disk and the memory as its copy did. Prints the medians of the rounds in MB/s
-and of their shares of the copy rate; beside them what sha256 and loopback give on this machine, and the space used
-against the unique bytes.
+Four branches with weights of their own and a tokenizer file in common. A round is a publish to a new repository,
+the same again, and a download; before each of them the folder is copied (with fsync, as the hub has it) and the
+copy removed, so that every step finds the disk and the memory as its copy did. Prints the medians of the rounds in
+MB/s and of their shares of the copy rate; beside them what sha256 and loopback give on this machine, and the space
+used against the unique bytes.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def publish(source: Path, url: str, name: str) -> None:
     from quantmill.hub.publish import publish as send
 
     branches = [Branch(b, {p.name: p for p in (source / b).iterdir()}) for b in BRANCHES]
-    send(branches, name, HfApi(endpoint=url), private=False, notify=lambda _: None)
+    api = HfApi(endpoint=url, library_name="quantmill")
+    send(branches, name, api, private=False, notify=lambda _: None)
 
 
 def download(target: Path, url: str, name: str) -> None:

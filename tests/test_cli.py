@@ -114,6 +114,12 @@ def test_check_eval_card_generate(
     assert status == 0
     assert answer["completion_tokens"] <= 5
     assert answer["tok_s"] > 0
+    status, _, err = call(capsys, "generate", branch, *words, "--cpu-exact", "--context", "40", "--threads", "1")
+    assert status == 0
+    assert "cpu exact" in err
+    status, _, err = call(capsys, "generate", branch, *words, "--context", "2")
+    assert status == 2
+    assert "the model's context is 2" in err
 
 
 def test_resume_keeps_what_is_there(

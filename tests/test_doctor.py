@@ -475,3 +475,15 @@ def test_uneven_groups_and_exllama(folder: Path) -> None:
     report = check(folder)
     assert "unequal sizes" in report.loaders["exllamav2"]
     assert "uneven" in report.loaders["vllm"]
+
+
+@pytest.mark.parametrize("to", ["awq", "compressed-tensors"])
+def test_folders_of_the_other_layouts(folder: Path, tmp_path: Path, to: str) -> None:
+    from quantmill.convert import convert
+
+    convert(folder, to, tmp_path / "out", lambda *_: None)
+    report = check(tmp_path / "out")
+    assert report.ok, errors(report)
+    assert report.loaders["transformers+quantmill"] == "yes"
+    assert "GPTQ" in report.loaders["exllamav2"]
+    assert fix(tmp_path / "out").notes == ()

@@ -21,18 +21,22 @@ class Console:
     """The sink of one command. With `as_json`, stdout carries one JSON document and nothing else."""
 
     as_json: bool = False
+    mute: bool = False  # of several processes that do one job, one speaks
 
     def say(self, text: str = "") -> None:
         """A line of the answer; goes to stderr when stdout belongs to JSON."""
+        if self.mute:
+            return
         print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
     def note(self, text: str) -> None:
         """A remark on what is going on."""
-        print(text, file=sys.stderr, flush=True)
+        if not self.mute:
+            print(text, file=sys.stderr, flush=True)
 
     def document(self, data: Any) -> None:
         """The JSON document, if one was asked for."""
-        if self.as_json:
+        if self.as_json and not self.mute:
             json.dump(data, sys.stdout, indent=2, ensure_ascii=False)
             print(flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Annotated
 import typer
 
 from quantmill.cli.app import app
+from quantmill.cli.containers import FAMILY, family, in_container
+from quantmill.cli.containers import HELP as FORMAT_HELP
 from quantmill.cli.options import (
     DEFAULT,
     ActOrderFlag,
@@ -31,7 +34,7 @@ from quantmill.cli.options import (
 )
 from quantmill.console import Console, gigabytes, seconds
 from quantmill.errors import BadRequest
-from quantmill.types import ActOrder, CheckpointFormat, QuantConfig, Variant
+from quantmill.types import ActOrder, QuantConfig, Variant
 
 
 @app.command()
@@ -113,7 +116,7 @@ def quantize(
     threads: Threads = None,
     max_vram: Annotated[str | None, typer.Option(help="GPU memory that may be taken, e.g. 16GB")] = None,
     max_ram: Annotated[str | None, typer.Option(help="host memory that may be taken, e.g. 12GB")] = None,
-    format: Annotated[str | None, typer.Option(help="gptq (v1; default where symmetric) or gptq_v2")] = None,
+    format: Annotated[str | None, typer.Option(help=FORMAT_HELP)] = None,
     events: Annotated[Path | None, typer.Option(help="write a line of JSON for every event there")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -121,12 +124,20 @@ def quantize(
     from quantmill.commands.choosing import parse_target
     from quantmill.commands.making import Request, make
 
-    console = Console(as_json)
-    choice = choose_variants(variant, grid, bits, group_size, act_order, grouped, sym)
+    console = Console(as_json, mute=os.environ.get("RANK", "0") != "0")  # torchrun starts several
+    family_asked = grid == FAMILY and format is None
+    choice = (
+        family()
+        if family_asked
+        else choose_variants(variant, grid, bits, group_size, act_order, grouped, sym)
+    )
+    choice = choice if family_asked else in_container(choice, format, sym=sym)
     request = Request(
         source=source,
         out=out,
-        variants=tuple(Variant(v.branch, _changed(v.config, damp, true_sequential, format)) for v in choice),
+        variants=tuple(
+            dataclasses.replace(v, config=_changed(v.config, damp, true_sequential)) for v in choice
+        ),
         dataset=dataset,
         seqlen=seqlen,
         samples=samples,
@@ -147,18 +158,12 @@ def quantize(
     console.document(made.to_json())
 
 
-def _changed(
-    config: QuantConfig, damp: float | None, true_sequential: bool, format: str | None
-) -> QuantConfig:
+def _changed(config: QuantConfig, damp: float | None, true_sequential: bool) -> QuantConfig:
     """A variant's configuration with what was asked for all of them."""
-    known = [str(f) for f in CheckpointFormat]
-    if format is not None and format not in known:
-        raise BadRequest(f"--format {format} is not written: use one of {', '.join(known)}")
     return dataclasses.replace(
         config,
         damp_percent=config.damp_percent if damp is None else damp,
         true_sequential=true_sequential,
-        checkpoint_format=None if format is None else CheckpointFormat(format),
     )
 
 

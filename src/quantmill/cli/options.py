@@ -26,7 +26,7 @@ Variants = Annotated[
     typer.Option("--variant", help="4bit-128g, 8bit--1g, 3bit-64g-noact, 4bit-32g-asym; repeatable"),
 ]
 GridName = Annotated[
-    str | None, typer.Option("--grid", help="card: the four branches of a classic repository")
+    str | None, typer.Option("--grid", help="card: the classic four branches; family: GPTQ, AWQ, GGUF")
 ]
 Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8")]
 GroupSize = Annotated[int | None, typer.Option(help="columns that share a scale; -1: one scale per row")]

@@ -62,13 +62,17 @@ def chat(
     context: Context = None,
 ) -> None:
     """Talk to a model in the terminal."""
-    from quantmill.commands.running import open_model
+    from quantmill.commands.running import open_model, remember_lines
     from quantmill.runtime.chat import chat_loop
 
     console = Console()
     params = dataclasses.replace(SAMPLING, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     loaded, tokenizer = open_model(model, device, threads, console, exact=cpu_exact, context=context)
     console.note("/quit ends, /reset forgets, /system TEXT, /set temperature 0.7, /regen answers anew")
+    console.note(
+        'a line that ends in \\ goes on in the next; """ alone begins and ends a text of several lines'
+    )
+    remember_lines()
     chat_loop(loaded, tokenizer, params, lambda: input("> "), console.stream)
 
 

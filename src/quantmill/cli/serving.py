@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantmill.cli.app import app
-from quantmill.cli.options import Device, Threads
+from quantmill.cli.options import Context, CpuExact, Device, Threads
 from quantmill.console import Console
 
 GIGABYTE = 1_000_000_000
@@ -36,7 +36,7 @@ def serve(
         bool, typer.Option("--no-auth", help="let everybody in who reaches the address")
     ] = False,
     ui: Annotated[bool, typer.Option("--ui", help="the web UI, too (needs quantmill[ui])")] = False,
-    context: Annotated[int | None, typer.Option(min=64, help="tokens a conversation may have")] = None,
+    context: Context = None,
     kv_tokens: Annotated[int | None, typer.Option(min=64, help="tokens that a model's cache holds")] = None,
     memory: Annotated[
         float | None,
@@ -44,7 +44,7 @@ def serve(
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, help="requests that may wait; then 429")] = 256,
     max_concurrent: Annotated[int, typer.Option(min=1, help="requests under way; then 429")] = 256,
-    exact: Annotated[bool, typer.Option("--exact", help="slower arithmetic that rounds nothing")] = False,
+    cpu_exact: CpuExact = False,
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -61,7 +61,7 @@ def serve(
         no_auth=no_auth,
         device=device,
         threads=threads,
-        exact=exact,
+        exact=cpu_exact,
         context=context,
         kv_tokens=kv_tokens,
         memory_bytes=None if memory is None else int(memory * GIGABYTE),

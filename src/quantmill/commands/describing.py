@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -23,11 +24,22 @@ def describe(folder: Path, name: str | None) -> Path:
     """Write README.md, and a copy into each branch, for a folder of branches or one branch. Returns its path."""
     branches = branch_folders(folder)
     for branch in branches:
-        write_json(branch / CHECK_REPORT, check_to_json(check(branch)))
+        write_json(branch / CHECK_REPORT, _without_paths(check_to_json(check(branch)), branch))
     card = write_card(folder, name=name)
     for branch in branches:
         update_manifest(branch, (CHECK_REPORT, card.name, *(p.name for p in branch.glob("*.png"))))
     return card
+
+
+def _without_paths(report: Json, folder: Path) -> Json:
+    """The report travels with the branch: where that lies here is nobody's business."""
+    text = json.dumps(report)
+    for path in (folder.resolve(), folder.absolute()):
+        text = text.replace(json.dumps(f"{path}/")[1:-1], "").replace(
+            json.dumps(str(path))[1:-1], folder.name
+        )
+    found: Json = json.loads(text)
+    return found
 
 
 def mend(folder: Path, base: str | None, console: Console) -> Mended:

@@ -18,7 +18,7 @@ def serve_hub(root: Path, host: str, port: int, console: Console) -> None:
         console.say(f"  publish: quantmill publish DIR owner/name --endpoint {address}")
         console.say(f"  read:    HF_ENDPOINT={address} quantmill download owner/name:branch")
         console.say(
-            f"  any client: HF_ENDPOINT={address}   (hf upload of files over 32 MB: HF_HUB_DISABLE_XET=1, too)"
+            f"  any client: HF_ENDPOINT={address}; hf upload of more than 32 MB: HF_HUB_DISABLE_XET=1"
         )
         if Store.open(root).accounts.open:
             console.say("there are no tokens: whoever reaches this address may read and write (--add-token)")

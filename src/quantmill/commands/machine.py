@@ -27,7 +27,8 @@ def memory_limit(typed: str | None, flag: str) -> int | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", typed.strip().upper())
     if not found or float(found[1]) <= 0:
         raise BadRequest(f"{flag} {typed!r} is no amount of memory: write 16GB, 900MB or 12GiB")
-    return round(float(found[1]) * (1024 if "I" in found[2] else 1000) ** (" KMG".index(found[2][0])))
+    unit = 1024.0 if "I" in found[2] else 1000.0
+    return round(float(found[1]) * unit ** " KMG".index(found[2][0]))
 
 
 def set_threads(threads: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from quantmill.errors import BadRequest
 from quantmill.files import read_json
 from quantmill.plots import loss_by_layer
 from quantmill.quantize import calibration
+from quantmill.quantize.containers import planned_bytes
 from quantmill.quantize.job import BlockFinished, Event, Finished, Job, ModuleSolved
 from quantmill.quantize.pipeline import peak_ram_bytes, quantize
-from quantmill.quantize.plan import size_bytes
 from quantmill.quantize.presets import refuse_unknown
 from quantmill.runtime.load import load_model, load_tokenizer
 from quantmill.sources import resolve
@@ -91,7 +92,7 @@ def make(request: Request, console: Console) -> Made:
     _refuse_quantised(request.source, config)
     data = calibrate(request, folder, config, console)
     for v in () if request.target else request.variants:
-        console.note(f"{v.branch}: will be {gigabytes(size_bytes(config, v.config))}")
+        console.note(f"{v.branch}: will be {gigabytes(planned_bytes(config, v))}")
     job = Job(
         source=folder,
         source_name=request.source,
@@ -110,14 +111,20 @@ def make(request: Request, console: Console) -> Made:
     if request.target is not None:
         job = _with_chosen_bits(job, request.target, console)
     total = len(module_names(config)) * len(job.variants)
-    with progress("solving", total) as advance:
+    with nullcontext(_silent) if console.mute else progress("solving", total) as advance:
         follower = _Follower(advance, total // len(job.variants))
-        with also_to(request.events, follower) as follow:
+        with also_to(None if console.mute else request.events, follower) as follow:
             finished = quantize(job, follow)
     made = Made(tuple(finished), time.perf_counter() - began, peak_ram_bytes())
-    loss_by_layer({f.branch: [(m.name, m.loss) for m in f.modules] for f in finished}, request.out / PICTURE)
+    if not console.mute:
+        losses = {f.branch: [(m.name, m.loss) for m in f.modules] for f in finished}
+        loss_by_layer(losses, request.out / PICTURE)
     summarise(made, console)
     return made
+
+
+def _silent(steps: int, remark: str) -> None:
+    """The progress of a process that does not speak."""
 
 
 def _with_chosen_bits(job: Job, target: Target, console: Console) -> Job:

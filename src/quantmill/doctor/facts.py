@@ -16,12 +16,13 @@ from quantmill.architectures import LinearShape, architecture_of, dimensions, li
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadCheckpoint, UnsupportedModel
 from quantmill.formats.dialects import Layout
+from quantmill.formats.dialects import Layout
 from quantmill.formats.gptq import is_sequential, probe_format, unpack_zeros
+from quantmill.packed import SUFFIXES
 from quantmill.types import CheckpointFormat, QuantConfig
 
 ELEMENTS_AT_ONCE = 1 << 22
 FLOATS = ("F16", "BF16", "F32", "F64")
-PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class Order(StrEnum):
@@ -86,11 +87,12 @@ def gather(checkpoint: Checkpoint) -> Facts:
     config, config_fault = _config(checkpoint)
     expected, expected_fault = _expected(checkpoint)
     modules = checkpoint.quantized_modules() if config else ()
+    configs = {name: checkpoint.module_config(name) for name in modules}
     return Facts(
         checkpoint=checkpoint,
         config=config,
         config_fault=config_fault,
-        modules=tuple(_module(checkpoint, config, name) for name in modules if config),
+        modules=tuple(_module(checkpoint, configs[name], name) for name in modules),
         expected=expected,
         expected_fault=expected_fault,
         broken_tensors=tuple(_broken_tensors(checkpoint)),
@@ -134,6 +136,8 @@ def _module(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModuleFac
         return ModuleFacts(name, faults, in_features, out_features)
     if checkpoint.layout is not Layout.GPTQ:
         return _foreign_module(checkpoint, config, name, (in_features, out_features))
+    if checkpoint.layout is not Layout.GPTQ:
+        return _foreign(checkpoint, name, in_features, out_features)
     qzeros = checkpoint.load(f"{name}.qzeros")
     scales = checkpoint.load(f"{name}.scales")
     bias = checkpoint.load(f"{name}.bias") if f"{name}.bias" in checkpoint.tensors else scales[:0]
@@ -176,6 +180,27 @@ def _foreign_module(
     )
 
 
+def _foreign(checkpoint: Checkpoint, name: str, in_features: int, out_features: int) -> ModuleFacts:
+    """A module of another layout, judged by what it is read as; its zero points are stored as they are."""
+    try:
+        packed = checkpoint.packed(name)
+    except BadCheckpoint as error:  # scales that overflow float16
+        return ModuleFacts(name, (str(error).removeprefix(f"{name}."),), in_features, out_features)
+    bias = packed.scales[:0] if packed.bias is None else packed.bias
+    return ModuleFacts(
+        name,
+        (),
+        in_features,
+        out_features,
+        groups=packed.scales.shape[0],
+        order=Order.SEQUENTIAL if is_sequential(packed.g_idx, packed.group_size) else Order.PERMUTED,
+        zero_format=packed.checkpoint_format,
+        broken_scales=_broken(packed.scales),
+        zero_scales=int((packed.scales == 0).sum()),
+        broken_bias=_broken(bias),
+    )
+
+
 def _order(checkpoint: Checkpoint, config: QuantConfig, name: str, in_features: int) -> Order:
     if f"{name}.g_idx" not in checkpoint.tensors:
         return Order.MISSING
@@ -192,9 +217,7 @@ def _order(checkpoint: Checkpoint, config: QuantConfig, name: str, in_features: 
 
 def _broken_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     """Names of unquantised tensors that hold a NaN or an infinite value."""
-    packed = {
-        f"{m}.{suffix}" for m in checkpoint.quantized_modules() for suffix in (*PACKED_SUFFIXES, "bias")
-    }
+    packed = {f"{m}.{suffix}" for m in checkpoint.quantized_modules() for suffix in SUFFIXES}
     for name, info in checkpoint.tensors.items():
         if name not in packed and info.dtype in FLOATS and _broken(checkpoint.load(name)):
             yield name

@@ -11,6 +11,7 @@ from quantmill.doctor.facts import Facts, ModuleFacts, Order
 from quantmill.doctor.lines import count_of, error, grouped, ok, some, warning
 from quantmill.errors import BadCheckpoint
 from quantmill.files import read_json
+from quantmill.formats.dialects import Layout
 from quantmill.types import ActOrder, CheckpointFormat, Finding, Level, QuantConfig
 
 
@@ -34,7 +35,9 @@ def _shapes(facts: Facts, config: QuantConfig) -> Iterator[Finding]:
 
 
 def _zeros(facts: Facts, config: QuantConfig) -> Iterator[Finding]:
-    """What is stored in qzeros against the label."""
+    """What is stored in qzeros against the label, which only GPTQ files have."""
+    if facts.checkpoint.layout is not Layout.GPTQ:
+        return
     sound = _sound(facts)
     formats = {m.zero_format for m in sound}
     label = config.zero_format
@@ -118,6 +121,8 @@ ORDER_FINDINGS = {
 
 
 def _head(facts: Facts, config: QuantConfig) -> Iterator[Finding]:
+    if facts.checkpoint.layout is not Layout.GPTQ:  # the key is GPTQ's
+        return
     said = bool((facts.checkpoint.quant or {}).get("lm_head"))
     is_packed = "lm_head.qweight" in facts.checkpoint.tensors
     if said is not is_packed:

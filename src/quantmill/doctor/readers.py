@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from quantmill.doctor.facts import Facts, ModuleFacts, Order
 from quantmill.formats.dialects import Layout
+from quantmill.formats.dialects import Layout, is_mixed
 from quantmill.types import CheckpointFormat, Finding, Level, QuantConfig
 
 VLLM_GROUPS = (-1, 32, 64, 128)
@@ -21,6 +22,8 @@ class Folder:
     """What a verdict rests on."""
 
     config: QuantConfig
+    layout: Layout
+    mixed: bool  # parameters differ from module to module
     stated: frozenset[str]  # keys of the quantisation config
     modules: tuple[ModuleFacts, ...]
     damage: tuple[Finding, ...]  # errors of the tensors themselves
@@ -31,6 +34,27 @@ class Folder:
 
 
 Reason = Callable[[Folder], str | None]
+
+
+def _gptq_or_ours(folder: Folder) -> str | None:
+    return None if folder.layout is Layout.GPTQ else f"packed as {folder.layout}, it reads GPTQ"
+
+
+def _no_compressed(folder: Folder) -> str | None:
+    return f"packed as {folder.layout}" if folder.layout is Layout.COMPRESSED else None
+
+
+def _one_set(folder: Folder) -> str | None:
+    return "parameters differ from module to module, it reads one set" if folder.mixed else None
+
+
+def _if_gptq(reason: Reason) -> Reason:
+    """A reason that holds for GPTQ's tensors only."""
+
+    def asked(folder: Folder) -> str | None:
+        return reason(folder) if folder.layout is Layout.GPTQ else None
+
+    return asked
 
 
 def _damage(folder: Folder) -> str | None:
@@ -134,15 +158,25 @@ READERS: dict[str, tuple[Reason, ...]] = {
     "vllm": (
         _damage,
         _bits(4, 8),
-        _symmetric,
-        _v1_only,
+        _if_gptq(_symmetric),
+        _if_gptq(_v1_only),
+        _if_gptq(_one_set),
         _vllm_groups,
-        _vllm_keys,
+        _if_gptq(_vllm_keys),
         _whole_groups,
         _vllm_order,
     ),
-    "gptqmodel": (_damage, _label_true, _three_bits_in_32),
-    "exllamav2": (_damage, _bits(4), _v1_only, _multiples_of_32, _powers_of_two, _even_groups),
+    "gptqmodel": (_damage, _no_compressed, _if_gptq(_label_true), _three_bits_in_32),
+    "exllamav2": (
+        _damage,
+        _gptq_or_ours,
+        _one_set,
+        _bits(4),
+        _v1_only,
+        _multiples_of_32,
+        _powers_of_two,
+        _even_groups,
+    ),
 }
 
 
@@ -154,7 +188,16 @@ def verdicts(facts: Facts, of_tensors: list[Finding], of_papers: list[Finding]) 
         return dict.fromkeys(READERS, facts.config_fault or "no quantisation config")
     damage = tuple(f for f in of_tensors if f.level is Level.ERROR)
     errors = (*damage, *(f for f in of_papers if f.level is Level.ERROR))
-    folder = Folder(facts.config, frozenset(facts.checkpoint.quant or {}), facts.modules, damage, errors)
+    quant = facts.checkpoint.quant or {}
+    folder = Folder(
+        facts.config,
+        facts.checkpoint.layout,
+        is_mixed(quant),
+        frozenset(quant),
+        facts.modules,
+        damage,
+        errors,
+    )
     table = READERS if facts.checkpoint.layout is Layout.GPTQ else FOREIGN
     return {name: _verdict(folder, reasons) for name, reasons in table.items()}
 
