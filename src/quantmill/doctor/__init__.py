@@ -13,6 +13,7 @@ from quantmill.checkpoint import open_checkpoint
 from quantmill.doctor.facts import gather
 from quantmill.doctor.folder_rules import PAPER_RULES, TENSOR_RULES, manifest_findings
 from quantmill.doctor.mend import Mended, fix
+from quantmill.doctor.private import privacy_findings
 from quantmill.doctor.quant_rules import LABEL_RULES, PACKED_RULES
 from quantmill.doctor.readers import READERS, verdicts
 from quantmill.errors import BadCheckpoint, SourceNotFound
@@ -36,6 +37,7 @@ def check(folder: Path, *, hashes: bool = True) -> CheckReport:
     facts = gather(checkpoint)
     of_tensors = [f for rule in TENSOR_RULES for f in rule(facts)]
     of_papers = [f for rule in PAPER_RULES for f in rule(facts)]
+    of_papers += list(privacy_findings(folder))
     of_papers += list(manifest_findings(folder)) if hashes else []
     if facts.config is not None:
         of_tensors += [f for rule in PACKED_RULES for f in rule(facts, facts.config)]

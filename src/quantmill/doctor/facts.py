@@ -16,7 +16,6 @@ from quantmill.architectures import LinearShape, architecture_of, dimensions, li
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadCheckpoint, UnsupportedModel
 from quantmill.formats.dialects import Layout
-from quantmill.formats.dialects import Layout
 from quantmill.formats.gptq import is_sequential, probe_format, unpack_zeros
 from quantmill.packed import SUFFIXES
 from quantmill.types import CheckpointFormat, QuantConfig
@@ -136,8 +135,6 @@ def _module(checkpoint: Checkpoint, config: QuantConfig, name: str) -> ModuleFac
         return ModuleFacts(name, faults, in_features, out_features)
     if checkpoint.layout is not Layout.GPTQ:
         return _foreign_module(checkpoint, config, name, (in_features, out_features))
-    if checkpoint.layout is not Layout.GPTQ:
-        return _foreign(checkpoint, name, in_features, out_features)
     qzeros = checkpoint.load(f"{name}.qzeros")
     scales = checkpoint.load(f"{name}.scales")
     bias = checkpoint.load(f"{name}.bias") if f"{name}.bias" in checkpoint.tensors else scales[:0]
@@ -166,7 +163,10 @@ def _foreign_module(
     checkpoint: Checkpoint, config: QuantConfig, name: str, size: tuple[int, int]
 ) -> ModuleFacts:
     """A module of AWQ or compressed-tensors, as it is read; its zeros need no label."""
-    packed = checkpoint.packed(name)
+    try:
+        packed = checkpoint.packed(name)
+    except BadCheckpoint as error:  # scales that overflow float16
+        return ModuleFacts(name, (str(error).removeprefix(f"{name}."),), *size)
     return ModuleFacts(
         name,
         (),
@@ -177,27 +177,6 @@ def _foreign_module(
         broken_scales=_broken(packed.scales),
         zero_scales=int((packed.scales == 0).sum()),
         broken_bias=0 if packed.bias is None else _broken(packed.bias),
-    )
-
-
-def _foreign(checkpoint: Checkpoint, name: str, in_features: int, out_features: int) -> ModuleFacts:
-    """A module of another layout, judged by what it is read as; its zero points are stored as they are."""
-    try:
-        packed = checkpoint.packed(name)
-    except BadCheckpoint as error:  # scales that overflow float16
-        return ModuleFacts(name, (str(error).removeprefix(f"{name}."),), in_features, out_features)
-    bias = packed.scales[:0] if packed.bias is None else packed.bias
-    return ModuleFacts(
-        name,
-        (),
-        in_features,
-        out_features,
-        groups=packed.scales.shape[0],
-        order=Order.SEQUENTIAL if is_sequential(packed.g_idx, packed.group_size) else Order.PERMUTED,
-        zero_format=packed.checkpoint_format,
-        broken_scales=_broken(packed.scales),
-        zero_scales=int((packed.scales == 0).sum()),
-        broken_bias=_broken(bias),
     )
 
 

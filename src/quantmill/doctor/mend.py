@@ -1,6 +1,6 @@
 """`check --fix`: a folder is mended in a copy of it (hard links), which then takes its name in one step.
 
-    copy -> file names -> what a base model can give -> tensors -> the two configs -> hashes -> exchange
+    copy -> file names -> what a base model can give -> tensors -> the two configs -> paths -> hashes -> exchange
 
 What was there stays beside it, under a name with a dot; where nothing changed, nothing is left. Every mend is
 exact: no weight gets another value. What cannot be mended so stays a finding of `check`.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantmill.doctor import mend_configs, mend_files, mend_tensors
+from quantmill.doctor import mend_configs, mend_files, mend_tensors, private
 from quantmill.errors import BadRequest, SourceNotFound
 from quantmill.files import UNFINISHED, fsync
 from quantmill.manifest import NAME as SUMS
@@ -43,6 +43,7 @@ MENDS: tuple[Callable[[Path, Path | None], Iterator[str]], ...] = (
     mend_configs.parameters,
     mend_tensors.tensors,
     mend_configs.labels,
+    private.papers,
 )
 
 

@@ -113,7 +113,11 @@ def _order_finding(order: Order, config: QuantConfig) -> tuple[Level, str]:
 
 ORDER_FINDINGS = {
     Order.SEQUENTIAL: (Level.OK, "g_idx is sequential: no reader needs it"),
-    Order.PERMUTED: (Level.OK, "g_idx permutes the groups, as desc_act says: every reader must honour it"),
+    Order.PERMUTED: (
+        Level.OK,
+        "g_idx permutes the groups, as desc_act says: every reader must honour it; "
+        "quantmill check --fix frees those of it whose inputs no other block shares",
+    ),
     Order.UNEVEN: (Level.WARNING, "g_idx has groups of unequal sizes: some loaders cannot reorder them"),
     Order.MISSING: (Level.WARNING, "no g_idx, as in early AutoGPTQ files: consecutive groups are supposed"),
     Order.OUT_OF_RANGE: (Level.ERROR, "g_idx names groups that are not there: download or quantise again"),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from quantmill.doctor.facts import Facts, ModuleFacts, Order
-from quantmill.formats.dialects import Layout
 from quantmill.formats.dialects import Layout, is_mixed
 from quantmill.types import CheckpointFormat, Finding, Level, QuantConfig
 
@@ -22,7 +21,6 @@ class Folder:
     """What a verdict rests on."""
 
     config: QuantConfig
-    layout: Layout
     mixed: bool  # parameters differ from module to module
     stated: frozenset[str]  # keys of the quantisation config
     modules: tuple[ModuleFacts, ...]
@@ -36,25 +34,8 @@ class Folder:
 Reason = Callable[[Folder], str | None]
 
 
-def _gptq_or_ours(folder: Folder) -> str | None:
-    return None if folder.layout is Layout.GPTQ else f"packed as {folder.layout}, it reads GPTQ"
-
-
-def _no_compressed(folder: Folder) -> str | None:
-    return f"packed as {folder.layout}" if folder.layout is Layout.COMPRESSED else None
-
-
 def _one_set(folder: Folder) -> str | None:
     return "parameters differ from module to module, it reads one set" if folder.mixed else None
-
-
-def _if_gptq(reason: Reason) -> Reason:
-    """A reason that holds for GPTQ's tensors only."""
-
-    def asked(folder: Folder) -> str | None:
-        return reason(folder) if folder.layout is Layout.GPTQ else None
-
-    return asked
 
 
 def _damage(folder: Folder) -> str | None:
@@ -158,18 +139,16 @@ READERS: dict[str, tuple[Reason, ...]] = {
     "vllm": (
         _damage,
         _bits(4, 8),
-        _if_gptq(_symmetric),
-        _if_gptq(_v1_only),
-        _if_gptq(_one_set),
+        _symmetric,
+        _v1_only,
         _vllm_groups,
-        _if_gptq(_vllm_keys),
+        _vllm_keys,
         _whole_groups,
         _vllm_order,
     ),
-    "gptqmodel": (_damage, _no_compressed, _if_gptq(_label_true), _three_bits_in_32),
+    "gptqmodel": (_damage, _label_true, _three_bits_in_32),
     "exllamav2": (
         _damage,
-        _gptq_or_ours,
         _one_set,
         _bits(4),
         _v1_only,
@@ -189,15 +168,7 @@ def verdicts(facts: Facts, of_tensors: list[Finding], of_papers: list[Finding]) 
     damage = tuple(f for f in of_tensors if f.level is Level.ERROR)
     errors = (*damage, *(f for f in of_papers if f.level is Level.ERROR))
     quant = facts.checkpoint.quant or {}
-    folder = Folder(
-        facts.config,
-        facts.checkpoint.layout,
-        is_mixed(quant),
-        frozenset(quant),
-        facts.modules,
-        damage,
-        errors,
-    )
+    folder = Folder(facts.config, is_mixed(quant), frozenset(quant), facts.modules, damage, errors)
     table = READERS if facts.checkpoint.layout is Layout.GPTQ else FOREIGN
     return {name: _verdict(folder, reasons) for name, reasons in table.items()}
 

@@ -7,6 +7,7 @@ headers of weight files only; knows no markdown.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -93,6 +94,12 @@ class BranchFacts:
     calibration: Calibration = Calibration()
     measured: EvalReport | None = None
     loaders: Mapping[str, str] | None = None  # from `quantmill check`: "yes", or the reason why not
+    modules_by_bits: Mapping[int, int] = field(default_factory=dict)  # where modules differ; else empty
+
+    @property
+    def all_bits(self) -> tuple[int, ...]:
+        """The bits that some module has."""
+        return tuple(sorted(self.modules_by_bits)) or (self.config.bits,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +169,13 @@ def read_branch(folder: Path, name: str | None = None) -> BranchFacts:
         calibration=making.calibration if making else _foreign_calibration(quant),
         measured=_measured(folder / EVAL_REPORT),
         loaders=_loaders(check),
+        modules_by_bits=_modules_by_bits(checkpoint),
     )
+
+
+def _modules_by_bits(checkpoint: Checkpoint) -> dict[int, int]:
+    counts = Counter(checkpoint.module_config(m).bits for m in checkpoint.quantized_modules())
+    return dict(sorted(counts.items())) if len(counts) > 1 else {}
 
 
 def _name(folder: Path, root: Path) -> str | None:

@@ -45,9 +45,16 @@ def _dataset(branch: BranchFacts) -> str:
 
 ACT_ORDER = {ActOrder.NONE: "No", ActOrder.STATIC: "Yes", ActOrder.GROUPED: "Yes, grouped"}
 
+
+def _bits(branch: BranchFacts) -> str:
+    """One number, or how many linears have which, chosen by how much each matters (`dynamic` in the config)."""
+    mixed = branch.modules_by_bits
+    return ", ".join(f"{bits} ({count} linears)" for bits, count in mixed.items()) or str(branch.config.bits)
+
+
 FILE_COLUMNS: dict[str, Callable[[BranchFacts], str]] = {
     "Branch": lambda b: f"`{b.name}`",
-    "Bits": lambda b: str(b.config.bits),
+    "Bits": lambda b: _bits(b),
     "GS": lambda b: "None" if b.config.group_size == -1 else str(b.config.group_size),
     "Act Order": lambda b: ACT_ORDER[b.config.act_order],
     "Damp %": lambda b: or_missing(b.damp_percent),
@@ -75,7 +82,7 @@ def _table(columns: dict[str, Callable[[BranchFacts], str]], branches: Iterable[
 
 def _vllm(branch: BranchFacts) -> str:
     config = branch.config
-    if config.bits not in (4, 8):
+    if any(bits not in (4, 8) for bits in branch.all_bits):
         return "takes 4 and 8 bits"
     if not config.sym:
         return "takes symmetric files only"
@@ -87,7 +94,7 @@ def _vllm(branch: BranchFacts) -> str:
 
 
 def _exllama(branch: BranchFacts) -> str:
-    if branch.config.bits != 4:
+    if branch.all_bits != (4,):
         return "takes 4 bits"
     if branch.config.zero_format is not CheckpointFormat.GPTQ:
         return "takes the v1 format only"

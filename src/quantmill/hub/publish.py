@@ -8,6 +8,7 @@ Goes through huggingface_hub, to any endpoint, and never sees a token.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmill import manifest
 from quantmill.doctor import check
+from quantmill.doctor.private import cleaned, telling_texts
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError
 from quantmill.hub.card_facts import branch_folders, read_branch
 from quantmill.hub.paths import path_fault
@@ -70,6 +72,7 @@ def read_branches(folder: Path) -> tuple[Branch, ...]:
     branches = [
         Branch(n, _files(f), manifest.read_manifest(f) or {}) for n, f in zip(names, found, strict=True)
     ]
+    _refuse_telling(found)
     for branch, path in zip(branches, found, strict=True):
         _refuse_damaged(path)
         if CARD not in branch.files:
@@ -93,6 +96,20 @@ def _refuse_damaged(folder: Path) -> None:
             f"{folder} is not fit to be published ({error.where}: {error.message}): "
             f"type quantmill check {folder}"
         )
+
+
+def _refuse_telling(folders: Sequence[Path]) -> None:
+    """No path of the maker's disk leaves it."""
+    for folder in folders:
+        if papers := cleaned(folder):
+            doomed = " ".join(shlex.quote(str(f)) for f in folders if cleaned(f))
+            raise BadCheckpoint(
+                f"{folder}/{next(iter(papers))} holds paths of this machine: type "
+                f"'for d in {doomed}; do quantmill check --fix $d; done', then publish again"
+            )
+        if texts := telling_texts(folder):
+            cure = f"type quantmill card {folder} again" if texts[0] == CARD else "take it out"
+            raise BadCheckpoint(f"{folder}/{texts[0]} names a folder of this machine: {cure}")
 
 
 def publish(
