@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from gptq_models import exact_weight, random_linear
-from quantmill.kernels import front_door as kernels
 from quantmill.errors import BadRequest
 from quantmill.formats.gptq import pack
 from quantmill.kernels import backend as rows
+from quantmill.kernels import front_door as kernels
 from quantmill.kernels import memory, reference
 from quantmill.types import QuantConfig
 

@@ -9,60 +9,106 @@ import itertools
 import json
 import sys
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from quantmill.kernels.triton import tuning
-from quantmill.kernels.triton.packing import TileShape, tile_shape
-from quantmill.kernels.triton.product import product_kernel
+from quantmill.kernels.triton import linear, tuning
+from quantmill.kernels.triton.expand import dense_kernel
+from quantmill.kernels.triton.few import few_kernel
+from quantmill.kernels.triton.packing import TiledLinear, tile_shape
 from quantmill.kernels.triton.repack import dequantise_kernel, repack_kernel
+from quantmill.kernels.triton.wide import wide_kernel
 
 POINTERS = {
-    "qweight": "*i32", "order": "*i32", "words": "*i16", "scales": "*fp16", "zeros": "*i8", "bias": "*fp16",
-    "sums": "*fp32", "arrived": "*i32",
+    "qweight": "*i32", "order": "*i32", "bias": "*fp16", "sums": "*fp32", "arrived": "*i32", "position": "*i32",
+    "after": "*fp16", "gain": "*fp16", "squares": "*fp32", "normed": "*fp32",
 }  # fmt: skip
+NUMBERS = dict.fromkeys(("times", "scale", "unscale", "inverse", "epsilon"), "fp32")
+WHOLE = ("N", "K", "units", "stride", "y_stride", "after_stride")  # multiples of 16 in real calls
 
 
-def compiled(kernel, constants: dict, capability: int, dtype: str, warps: int = 4, stages: int = 3):
+def compiled(kernel, constants: dict, capability: int, types: dict[str, str]):
     """The kernel with aligned pointers, as real calls have them."""
     names = kernel.arg_names
-    kinds = {n: "constexpr" if n in constants else POINTERS.get(n, "i32") for n in names}
-    kinds |= {n: "*" + dtype for n in ("x", "y", "weight") if n in names}
-    whole = [n for n in names if kinds[n].startswith("*") or n in ("rows", "stride", "K", "N")]
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    kinds = {**POINTERS, **NUMBERS, **types}
+    kinds = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    whole = [n for n in names if kinds[n].startswith("*") or n in WHOLE]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    kind = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = kind(fn=kernel, signature=kinds, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def shape_constants(shape: TileShape) -> dict:
-    return {"BITS": shape.bits, "PLACES": shape.places, "GROUP_PLANES": shape.group_planes}
+def shapeless(bits: int, group: int, extra: bool, k: int = 4096) -> TiledLinear:
+    """A linear of 1024 outputs that has a shape and no memory."""
+    shape = tile_shape(bits, group, k)
+    units = -(-k // shape.columns)
+    words = torch.empty(64, units, shape.words, 32, 4, dtype=torch.int32, device="meta")
+    scales = torch.empty(64, -(-units * shape.columns // shape.group), 8, dtype=torch.int32, device="meta")
+    return TiledLinear(words, scales, scales if extra else None, None, None, shape, k, 1024)
 
 
-def product(capability: int, limit: int, shape: TileShape, block: int, dtype: str, extra: bool):
-    """`extra`: with zero points and a true act order."""
-    cut = tuning.fitted(tuning.rule_cut(block, 4), block, shape, limit - 4096)
-    constants = shape_constants(shape) | {
-        "HAS_ZERO": extra, "HAS_ORDER": extra, "HAS_BIAS": False, "WHOLE": True, "BF16": dtype == "bf16",
-        "PARTS": cut.parts, "BM": block, "BN": cut.rows, "ASM": True, "PDL": capability >= 90, "AHEAD": 4,
+def few(capability: int, tiled: TiledLinear, rows: int, dtype: torch.dtype, end: int):
+    """With everything that may come before and after, one after the other."""
+    x = torch.empty(rows, tiled.in_features, dtype=dtype, device="meta")
+    cut = tuning.rule_cut(tiled, tuning.block_of(rows), *tuning.rule_slices(tiled))
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    types = {
+        "x": "*i32",
+        "words": "*i32",
+        "scales": "*i32",
+        "zeros": "*i32",
+        "y": "*fp32" if end == 2 else f"*{name}",
+    }
+    extra = {"END": end, "COUNT": 64 if end else 0, "HAS_POSITION": end > 0, "PDL": capability >= 90}
+    return compiled(few_kernel, linear._constants(tiled, x, cut) | extra, capability, types)
+
+
+def wide(tiled: TiledLinear, rows: int, name: str):
+    cut = tuning.rule_wide(tiled, rows)
+    constants = {
+        "UNITS": tiled.units, "GROUP_PLANES": tiled.shape.group_planes, "HAS_ZERO": tiled.zeros is not None,
+        "HAS_BIAS": True, "BF16": name == "bf16", "PARTS": cut.parts, "WARPS": cut.warps, "BT": cut.rows,
+        "REPS": cut.tiles, "AHEAD": cut.ahead, "STAGES": cut.stages, "PDL": True, "num_warps": cut.warps,
     }  # fmt: skip
-    return compiled(product_kernel, constants, capability, dtype, cut.warps, cut.stages)
+    types = {"x": f"*{name}", "y": f"*{name}", "words": "*i16", "scales": "*i16", "zeros": "*i16"}
+    return compiled(wide_kernel, constants, 90, types)
+
+
+def dense(capability: int, tiled: TiledLinear, name: str):
+    shape = tiled.shape
+    constants = {
+        "BITS": shape.bits, "GROUP_PLANES": shape.group_planes, "NARROW": shape.narrow,
+        "HAS_ZERO": tiled.zeros is not None, "BF16": name == "bf16", "WARPS": 4,
+    }  # fmt: skip
+    types = {"words": "*i16", "scales": "*i16", "zeros": "*i16", "weight": f"*{name}"}
+    return compiled(dense_kernel, constants, capability, types)
 
 
 def main() -> None:
     report = {}
     capability, limit = int(sys.argv[1]), int(sys.argv[2])
     for bits, group in itertools.product((2, 3, 4, 8), (16, 128)):
-        shape = tile_shape(bits, group, 4096)
-        constants = {"BITS": bits, "PLACES": shape.places, "BN": 64}
-        report[f"repack {bits} {group}"] = compiled(repack_kernel, constants, capability, "fp16")
-        flags = {"HAS_ZERO": True, "HAS_ORDER": True, "BF16": False, "BN": 64, "ASM": True}
-        dense = compiled(dequantise_kernel, shape_constants(shape) | flags, capability, "fp16")
-        report[f"dense {bits} {group}"] = dense
-        for block, dtype, extra in ((16, "fp16", False), (16, "bf16", True), (128, "fp16", False)):
-            name = f"product {bits} {group} {block} {dtype}"
-            report[name] = product(capability, limit, shape, block, dtype, extra)
+        plain, extra = shapeless(bits, group, False), shapeless(bits, group, True)
+        basic = {"BITS": bits, "NARROW": plain.shape.narrow}
+        types = {"words": "*i32", "scales": "*fp16", "zeros": "*fp16", "weight": "*fp16"}
+        report[f"repack {bits} {group}"] = compiled(repack_kernel, basic | {"TILES": 8}, capability, types)
+        old = basic | {"HAS_ZERO": True, "BN": 64}
+        report[f"plain {bits} {group}"] = compiled(dequantise_kernel, old, capability, types)
+        report[f"dense {bits} {group}"] = dense(capability, extra, "bf16")
+        report[f"few {bits} {group} 1"] = few(capability, plain, 1, torch.float16, 1)
+        report[f"few {bits} {group} 16"] = few(capability, extra, 16, torch.bfloat16, 0)
+        report[f"few {bits} {group} 32"] = few(capability, plain, 32, torch.float16, 2)
+    if capability == 90:
+        for rows, group, name in ((128, 128, "fp16"), (256, 32, "bf16"), (512, -1, "fp16")):
+            report[f"wide {rows}"] = wide(shapeless(4, group, name == "bf16"), rows, name)
+    over = [name for name, kernel in report.items() if kernel.metadata.shared > limit]
+    assert not over, over
     print(json.dumps({name: kernel.metadata.shared for name, kernel in report.items()}))
 
 

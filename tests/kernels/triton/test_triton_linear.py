@@ -15,6 +15,7 @@ from quantmill.types import CheckpointFormat, QuantConfig
 pytest.importorskip("triton.language", reason="triton is not installed")
 
 from quantmill.kernels.triton import linear, packing, tuning
+from quantmill.kernels.triton.ends import Gated, Norm, Plain, Residual, gated_order
 from quantmill.kernels.triton.tuning import Cut
 
 ON_GPU = torch.cuda.is_available()
@@ -41,13 +42,12 @@ def wrong(y, x, weight, bias=None):
 
 def check(packed, weight, rows, dtype=torch.float16, cut=None):
     """One product against float64."""
-    tiled = linear.RunnableLinear.of(packing.tile(packed))
+    runnable = linear.RunnableLinear.of(packing.tile(packed))
     x = torch.randn(rows, packed.in_features, device=weight.device).to(dtype)
-    y = linear.matmul(x, tiled) if cut is None else linear.tiled_product(x, tiled, cut)
+    y = linear.matmul(x, runnable) if cut is None else linear.few_product(x, runnable, cut=cut)
     assert y.dtype == dtype
     assert wrong(y, x, weight, packed.bias) < TOLERANCE[dtype]
-    assert not tiled.arrived.any(), "the counters are zeros again"
-    return tiled, x, y
+    return runnable, x, y
 
 
 # K, N, group: one tile, one tile and a bit, the real small model's 576, a short last group, one group,
@@ -70,19 +70,12 @@ def test_dense_weight_is_bit_for_bit_the_twins(device, bits, sym, k, n, group):
     assert torch.equal(weight, wanted)
 
 
-@pytest.mark.parametrize(("k", "n", "group"), EDGES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_product_is_the_twins(device, bits, k, n, group):
-    packed, weight = make(k, n, bits, group, sym=bits != 4, bias=True, device=device)
-    check(packed, weight, 2, cut=Cut(64, 2, 4, 3))
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("k", "group"), [(192, 32), (160, 128)])
-def test_true_act_order_is_read_through_the_order(device, bits, k, group):
-    packed, weight = make(k, 32, bits, group, sym=False, shuffled=True, device=device)
-    tiled, _, _ = check(packed, weight, 3, cut=Cut(32, 1, 4, 3))
-    assert tiled.tiled.order is not None
+def test_a_product_with_true_act_order(device, bits, k, group):
+    packed, weight = make(k, 32, bits, group, sym=False, shuffled=True, bias=True, device=device)
+    runnable, _, _ = check(packed, weight, 3)
+    assert runnable.tiled.order is not None
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -106,9 +99,25 @@ def test_any_number_of_rows_and_strided_x(device, rows):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_many_rows_go_through_a_dense_copy(device, shuffled, monkeypatch):
-    monkeypatch.setattr(tuning, "MOST_ROWS", 4)
+    monkeypatch.setattr(tuning, "MOST_FEW", 4)
     packed, weight = make(160, 32, group=32, shuffled=shuffled, bias=True, device=device)
     check(packed, weight, 5)
+
+
+def test_slices_begin_where_groups_do_or_the_other_way_round():
+    for bits, group, k in itertools.product(
+        (2, 3, 4, 8), (16, 32, 64, 128, 256, 1024, -1), (576, 1536, 14336)
+    ):
+        shape = packing.tile_shape(bits, group, k)
+        units = -(-k // shape.columns)
+        groups = 1 if group == -1 else -(-units * shape.columns // shape.group)
+        words = torch.empty(8, units, shape.words, 32, 4, dtype=torch.int32, device="meta")
+        scales = torch.empty(8, groups, 8, dtype=torch.int32, device="meta")
+        tiled = packing.TiledLinear(words, scales, None, None, None, shape, k, 128)
+        for slices in (1, 2, 4, 8, 16):
+            length = linear.slice_units(tiled, slices) * shape.columns
+            assert length * slices >= units * shape.columns
+            assert groups == 1 or length % shape.group == 0 or shape.group % length == 0
 
 
 def test_v1_and_v2_zero_points(device):
@@ -124,18 +133,136 @@ def test_v1_and_v2_zero_points(device):
     check(old, weight, 1)
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch(device):
-    packed, _ = make(512, 96, device=device)
-    tiled = linear.RunnableLinear.of(packing.tile(packed))
-    x = torch.randn(20, 512, device=device).half()
-    together = linear.tiled_product(x, tiled, Cut(64, 2, 4, 3))
-    alone = linear.tiled_product(x[7:8], tiled, Cut(32, 2, 4, 4))
-    assert torch.equal(together[7:8], alone)
-
-
 # What follows runs on a GPU only: the whole product of kinds, and the shapes of real models.
 REAL = [(576, 576), (576, 1536), (1536, 576), (4096, 6144), (4096, 4096), (14336, 4096)]
-MANY_ROWS = [1, 2, 3, 4, 8, 16, 17, 64, 128, 129, 256, 2048]
+MANY_ROWS = [1, 2, 3, 4, 8, 9, 16, 17, 33, 64, 65, 128, 129, 256, 300, 2048]
+CUTS = [
+    Cut(8, 8, 4, 1, 1, 8, 4, False, False),
+    Cut(8, 4, 2, 2, 2, 2, 1, False, False),
+    Cut(16, 4, 4, 4, 1, 1, 1, True, True),
+    Cut(16, 8, 2, 4, 2, 2, 1, True, True, True),
+    Cut(32, 4, 2, 4, 2, 1, 1, True, True, True),
+]
+
+
+@needs_gpu
+@pytest.mark.parametrize(("k", "n", "group"), EDGES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_cut_at_the_edges(device, bits, k, n, group):
+    packed, weight = make(k, n, bits, group, sym=bits != 4, bias=True, device=device)
+    for cut in CUTS:
+        for rows in (1, 7, 8, 9, 33):
+            check(packed, weight, rows, cut=cut)
+
+
+@needs_gpu
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(device, parts):
+    packed, _ = make(2048, 256, device=device)
+    runnable = linear.RunnableLinear.of(packing.tile(packed))
+    x = torch.randn(40, 2048, device=device).half()
+    together = linear.few_product(x, runnable, cut=Cut(32, 8, parts, 4, 2, 2, 1, True, True, True))
+    for cut in (
+        Cut(8, 8, parts, 1, 1, 4, 4, False, False),
+        Cut(16, 8, parts, 2, 1, 4, 2, False, False),
+        Cut(16, 8, parts, 4, 1, 2, 1, True, True),
+    ):
+        assert torch.equal(together[7:8], linear.few_product(x[7:8], runnable, cut=cut))
+        assert torch.equal(together[:12], linear.few_product(x[:12], runnable, cut=cut))
+
+
+def made(n, k, m, device):
+    packed, weight = make(k, n, device=device)
+    x = torch.randn(m, k, device=device).half()
+    return linear.RunnableLinear.of(packing.tile(packed)), x, x.double() @ weight.T
+
+
+ENDS = [
+    (5, Cut(8, 8, 8, 1, 1, 4, 4, False, False)),
+    (3, Cut(8, 8, 2, 1, 2, 4, 4, False, False)),
+    (29, Cut(16, 8, 8, 4, 2, 2, 1, True, True, True)),
+    (40, Cut(32, 8, 2, 2, 2, 2, 1, True, True, True)),
+]
+
+
+def near(got, wanted):
+    assert torch.isfinite(got).all(), "every element was written"
+    assert float((got.double() - wanted).norm() / wanted.norm()) < 4e-4
+
+
+@needs_gpu
+@pytest.mark.parametrize(("m", "cut"), ENDS)
+def test_norm_before_and_rows_apart(device, m, cut):
+    runnable, x, y = made(512, 1024, m, device)
+    squares = torch.rand(m, 37, device=device) * 30
+    out = torch.full((m, 520), torch.nan, device=device)[:, :512]
+    linear.few_product(x, runnable, Plain(out), norm=Norm(squares, 1024, 1e-5, 2.0), cut=cut)
+    near(out, y * torch.rsqrt(squares.double().sum(1, keepdim=True) / 1024 + 1e-5) / 2)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("m", "cut"), ENDS)
+def test_gate_times_up(device, m, cut):
+    runnable, x, y = made(512, 1024, m, device)
+    position = torch.randperm(256, device=device).int()
+    out = torch.full((m, 256), torch.nan, device=device).half()
+    linear.few_product(x, runnable, Gated(out, position, 2.0), cut=cut)
+    gate, up = (y.view(m, 32, 2, 8)[:, :, i].reshape(m, 256) for i in range(2))
+    near(out[:, position.long()], torch.nn.functional.silu(gate) * up * 2)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("m", "cut"), ENDS)
+def test_residual_and_what_is_after(device, m, cut):
+    runnable, x, y = made(512, 1024, m, device)
+    position = torch.randperm(512, device=device).int()
+    before, gain = torch.randn(m, 512, device=device), (torch.rand(512, device=device) + 0.5).half()
+    after = torch.full((m, 512), torch.nan, device=device).half()
+    held = [before.clone(), after, torch.empty(m, 32, device=device)]
+    end = Residual(held[0], held[1], gain, held[2], position, 0.5, 0.25)
+    linear.few_product(x, runnable, end, cut=cut)
+    wanted = before + y * 0.5
+    near(held[0], wanted)
+    near(held[1][:, position.long()], wanted * gain * 0.25)
+    near(held[2], wanted.square().view(m, 32, 16).sum(2))
+    alone = [before[2:3].clone(), held[1][2:3].clone(), torch.empty(1, 32, device=device)]
+    end = Residual(alone[0], alone[1], gain, alone[2], position, 0.5, 0.25)
+    linear.few_product(x[2:3], runnable, end, cut=Cut(8, 8, cut.parts, 1, 1, 8, 4, False, False))
+    assert all(torch.equal(a, h[2:3]) for a, h in zip(alone, held, strict=True))
+
+
+@needs_gpu
+def test_an_overflow_is_no_infinity(device):
+    runnable, x, _ = made(128, 256, 2, device)
+    out = linear.few_product(
+        x * 1e4, runnable, Plain(torch.empty(2, 128, device=device, dtype=torch.float16))
+    )
+    assert torch.isfinite(out).all()
+
+
+def test_gated_order_puts_eight_rows_of_each_side_by_side():
+    order = gated_order(24)
+    assert order[:16].tolist() == [*range(8), *range(24, 32)]
+    assert sorted(order.tolist()) == list(range(48))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("group", "sym"), [(128, True), (32, False), (-1, True)])
+def test_the_kernel_for_many_rows(device, group, sym, dtype):
+    if not linear.has_wide(device):
+        pytest.skip("no wgmma here")
+    packed, weight = make(1024, 384, 4, group, sym=sym, bias=True, device=device)
+    runnable = linear.RunnableLinear.of(packing.tile(packed))
+    for rows in (65, 200, 600):
+        x = torch.randn(rows, 1024, device=device).to(dtype)
+        for shape in ((128, 8, 1), (256, 8, 1), (64, 4, 2)):
+            for parts in (1, 2, 4):
+                cut = tuning.WideCut(*shape, parts, 4, 4)
+                for _ in range(3):  # a race would show in one of them
+                    y = linear.wide_product(x, runnable, cut)
+                    assert wrong(y, x, weight, packed.bias) < (5e-4 if dtype == torch.float16 else 4e-3)
+        assert not runnable.arrived.any(), "the counters are zeros again"
 
 
 @needs_gpu
@@ -147,7 +274,7 @@ def test_every_kind_on_a_gpu(device, bits, group):
             continue
         k = 1600 if group == 40 else 1536
         packed, weight = make(k, 576, bits, group, sym=sym, shuffled=shuffled, device=device)
-        for rows in (1, 33, 128):
+        for rows in (1, 13, 33, 128):
             check(packed, weight, rows, dtype)
 
 
@@ -156,15 +283,14 @@ def test_every_kind_on_a_gpu(device, bits, group):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_real_shapes_on_a_gpu(device, bits, k, n):
     packed, weight = make(k, n, bits, device=device)
-    tiled = linear.RunnableLinear.of(packing.tile(packed))
+    runnable = linear.RunnableLinear.of(packing.tile(packed))
     x = torch.randn(max(MANY_ROWS), k, device=device).half()
     for rows in MANY_ROWS:
-        y = linear.matmul(x[:rows], tiled)
+        y = linear.matmul(x[:rows], runnable)
         assert wrong(y, x[:rows], weight) < TOLERANCE[torch.float16]
-        again = linear.matmul(x[:rows], tiled)
-        assert torch.equal(y, again)
-    few, many = linear.matmul(x[:1], tiled), linear.matmul(x[:128], tiled)
-    assert torch.equal(linear.matmul(x[:16], tiled), many[:16])
+        assert torch.equal(y, linear.matmul(x[:rows], runnable))
+    few, many = linear.matmul(x[:1], runnable), linear.matmul(x[: tuning.MOST_FEW], runnable)
+    assert torch.equal(linear.matmul(x[:16], runnable), many[:16])
     assert torch.equal(few, many[:1])
 
 
@@ -177,11 +303,13 @@ def test_dependent_launches_in_a_graph(device):
         layers.append(linear.RunnableLinear.of(packing.tile(packed)))
     x = torch.randn(4, 1024, device=device).half()
 
+    cut = Cut(8, 8, 8, 4, 1, 2, 1, True, True, True)
+
     def chain(early):
         y = x
         for layer in layers:
-            y = linear.tiled_product(y, layer, Cut(64, 4, 4, 4), early=early) * 0.1
-            y = linear.tiled_product(y, layer, Cut(64, 4, 4, 4), early=early) * 0.1
+            for _ in range(2):
+                y = linear.few_product(y, layer, cut=cut, early=early) * 0.1
         return y
 
     wanted = chain(False)

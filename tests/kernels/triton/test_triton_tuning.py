@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from quantmill.kernels.backend import LinearSpec
 from quantmill.kernels.triton import backend, packing, tune, tuning
-from quantmill.kernels.triton.tuning import Cut
+from quantmill.kernels.triton.tuning import Cut, WideCut
 
 
 def tiled(k=4096, n=6144, bits=4, group=128):
     """A linear that has a shape and no memory."""
     shape = packing.tile_shape(bits, group, k)
-    words = torch.empty(
-        -(-k // shape.columns), shape.words, n, shape.places, dtype=torch.int16, device="meta"
-    )
-    return packing.TiledLinear(words, words, None, None, None, shape, k, n)
+    units, tiles = -(-k // shape.columns), -(-n // packing.ROWS) * 8
+    words = torch.empty(tiles, units, shape.words, 32, 4, dtype=torch.int32, device="meta")
+    scales = torch.empty(tiles, -(-units * shape.columns // shape.group), 8, dtype=torch.int32, device="meta")
+    return packing.TiledLinear(words, scales, None, None, None, shape, k, n)
 
 
 @pytest.fixture(autouse=True)
@@ -30,57 +32,90 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [-1, 16, 24, 32, 64, 96, 128, 192, 1024])
 @pytest.mark.parametrize("k", [576, 1536, 4096, 14336])
-def test_groups_begin_where_planes_or_tiles_do(bits, group, k):
+def test_groups_begin_where_planes_do(bits, group, k):
     shape = packing.tile_shape(bits, group, k)
-    assert shape.group % shape.places == 0
-    assert shape.group % shape.columns == 0 or shape.planes % shape.group_planes == 0
+    assert shape.group % (16 if shape.narrow else 32) == 0
+    assert shape.group % shape.columns == 0 or shape.columns % shape.group == 0
 
 
 def test_what_was_measured_goes_before_the_rule():
     linear = tiled()
     rule = tuning.cut_for(linear, 1)
-    assert rule == tuning.cut_for(linear, 16)
-    tuning.remember(
-        tuning.device_name(linear.words.device), tuning.key_of(linear), 7, {16: Cut(32, 7, 2, 5, 1)}
-    )
-    assert tuning.cut_for(linear, 3) == Cut(32, 7, 2, 5, 1)
-    assert tuning.cut_for(linear, 50).parts == 7, "the number of parts is the same for any rows"
-    assert tuning.cut_for(tiled(n=4096), 1).parts != 7
+    assert rule == tuning.cut_for(linear, 2)
+    one, wide = Cut(8, 4, 2, 1, 1, 5, 1, False, False), WideCut(128, 8, 2, 4, 4, 3)
+    name = tuning.device_name(linear.words.device)
+    tuning.remember(name, tuning.key_of(linear), {2: one}, {128: wide, 256: None})
+    assert tuning.cut_for(linear, 1) == one
+    for rows in (7, 16, 50):
+        cut = tuning.cut_for(linear, rows)
+        assert (cut.slices, cut.parts) == (4, 2), "the same sums for any number of rows"
+    assert tuning.wide_cut(linear, 100) == wide
+    assert tuning.wide_cut(linear, 200) is None
+    assert tuning.cut_for(tiled(n=4096), 1).slices != 4
+
+
+def test_the_kernel_for_many_rows_is_for_four_bits():
+    assert tuning.wide_cut(tiled(), 256) is not None
+    assert tuning.wide_cut(tiled(), tuning.MOST_WIDE + 1) is None
+    assert tuning.wide_cut(tiled(bits=8), 256) is None
+    assert tuning.wide_cut(tiled(group=16), 256) is None
+    assert tuning.wide_cut(tiled(k=576), 256) is None, "nine units are in no step of four"
 
 
 def test_an_unreadable_cache_is_no_obstacle():
     path = tuning.table_path("interpreter")
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    assert tuning.cut_for(tiled(), 1).rows in (32, 64, 128)
+    assert tuning.cut_for(tiled(), 1).slices == 8
+
+
+def check_cut(linear, block, cut):
+    """A program's share divides the work, and its warps are a power of two."""
+    warps = (1 if cut.in_turn else cut.slices // (cut.parts if cut.split else 1)) * cut.beside
+    assert warps in (1, 2, 4, 8, 16)
+    assert (linear.rows // packing.TILE) % (cut.beside * cut.tiles) == 0
+    assert cut.slices % cut.parts == 0
+    assert cut.rows == max(8, block)
+    assert cut.tiles * cut.rows <= 64, "a thread's registers hold the sums"
+    assert cut.ahead >= 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("k", "n"), [(576, 576), (576, 192), (1536, 576), (4096, 6144), (14336, 4096)])
+def test_rules_and_candidates_can_run(bits, k, n):
+    linear = tiled(k, n, bits)
+    for block in tuning.ROWS_OF_X:
+        check_cut(linear, block, tuning.cut_for(linear, block))
+        for cut in tune.candidates(linear, block):
+            check_cut(linear, block, cut)
+    for rows in tuning.WIDE_ROWS:
+        for wide in tune.wide_candidates(linear, rows):
+            assert linear.units % (wide.parts * wide.ahead) == 0
 
 
 def test_the_shipped_table_holds_cuts_that_can_run():
     table = tuning._table("nvidia-h200")
-    assert table[tuning.key_of(tiled())]["parts"] >= 1
-    for entry in table.values():
-        for block, (rows, warps, stages, ahead) in entry["cuts"].items():
+    assert tuning.key_of(tiled()) in table
+    for key, entry in table.items():
+        bits, group, k, n = re.fullmatch(r"(\d)b-(-?\d+)gz?-(\d+)x(\d+)", key).groups()
+        linear = tiled(int(k), int(n), int(bits), int(group))
+        for block, rest in entry["cuts"].items():
             assert int(block) in tuning.ROWS_OF_X
-            assert packing.ROWS % rows == 0
-            assert warps in (1, 2, 4, 8)
-            assert stages >= 1
-            assert ahead & (ahead - 1) == 0
-
-
-def test_fitted_stays_below_the_limit():
-    shape = packing.tile_shape(3, 128, 4096)
-    cut = tuning.fitted(tuning.rule_cut(128, 1), 128, shape, 95 << 10)
-    assert tuning.shared_bytes(cut, 128, shape) <= 160 << 10
-    assert cut.stages == 2
+            check_cut(linear, int(block), Cut(max(8, int(block)), entry["slices"], entry["parts"], *rest))
+        for rows, wide in entry.get("wide", {}).items():
+            assert int(rows) in tuning.WIDE_ROWS
+            assert wide is None or linear.units % (WideCut(*wide).parts * WideCut(*wide).ahead) == 0
 
 
 def test_one_number_of_parts_for_all():
+    def cut(parts):
+        return Cut(8, 8, parts, 1, 1, 4, 4, False, False)
+
     times = {
-        16: {Cut(64, 1, 4, 3): 10.0, Cut(64, 2, 4, 3): 8.0, Cut(64, 4, 4, 3): 7.9},
-        64: {Cut(64, 1, 4, 3): 10.0, Cut(64, 2, 4, 3): 11.0, Cut(64, 4, 4, 3): 20.0},
+        2: {cut(1): 10.0, cut(2): 8.0, cut(4): 7.9},
+        16: {cut(1): 10.0, cut(2): 11.0, cut(4): 20.0},
     }
     assert tune.fairest_parts(times) == 2
-    assert all(c.parts in tune.PARTS for c in tune.candidates(tiled(), 16))
 
 
 def test_a_cpu_is_refused_with_a_reason():

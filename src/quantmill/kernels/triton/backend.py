@@ -1,7 +1,7 @@
 """One row of the backend table: a packed linear on an NVIDIA GPU. Triton is imported when a linear is prepared.
 
 Before the first linear of a kind is served, one small linear of that kind is multiplied on the GPU and compared
-with the slow twin; a kind that fails is refused, by name.
+with the slow twin (proof.py does the same for each kernel and falls back); a kind that fails is refused, by name.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from quantmill.formats.gptq import dequantize
 from quantmill.kernels.backend import Backend, LinearSpec
-from quantmill.types import CheckpointFormat, PackedLinear
+from quantmill.types import PackedLinear
 
 if TYPE_CHECKING:
     from quantmill.kernels.triton.linear import RunnableLinear
 
 DTYPES = (torch.float16, torch.bfloat16)
 LOWEST = (8, 0)  # compute capability
-CHECKED_ROWS = (1, 40)  # rows of x: the smallest program and a larger one
+CHECKED_ROWS = (1, 9, 40, 200)  # rows of x: a program of every kernel
 
 
 def _refusal(spec: LinearSpec, device: torch.device, dtype: torch.dtype, rows: int) -> str | None:
@@ -42,43 +42,19 @@ def _refusal(spec: LinearSpec, device: torch.device, dtype: torch.dtype, rows: i
 @functools.cache
 def _self_test(bits: int, ordered: bool, dtype: torch.dtype, device: torch.device) -> str | None:
     """One small product of this kind beside its twin. Returns why the kind is refused, or None."""
-    packed = _sample(bits, ordered, device)
+    from quantmill.kernels.triton.proof import sample
+
+    packed = sample(bits, 64, device, ordered=ordered)
     state = _prepare(packed, dtype)
     generator = torch.Generator(device).manual_seed(0)
     for rows in CHECKED_ROWS:
         x = torch.randn(rows, packed.in_features, device=device, generator=generator).to(dtype)
         wanted = x.float() @ dequantize(packed, torch.float32).T
-        error = float((matmul(x, state).float() - wanted).norm() / wanted.norm())
-        if not error < 0.01:
-            return f"its self-test with {bits} bits failed on this GPU (error {error:.2g}): report it"
+        found = matmul(x, state)
+        wrong = float((found.float() - wanted).norm() / wanted.norm())
+        if not wrong < 0.01:
+            return f"its self-test with {bits} bits failed on this GPU (error {wrong:.2g}): report it"
     return None
-
-
-def _sample(bits: int, ordered: bool, device: torch.device) -> PackedLinear:
-    """Random words, zero points and scales: 512 inputs in groups of 64, 128 outputs."""
-    k, n, group = 512, 128, 64
-    generator = torch.Generator(device).manual_seed(bits)
-
-    def words(*shape: int) -> Tensor:
-        return torch.randint(
-            -(2**31), 2**31 - 1, shape, dtype=torch.int32, device=device, generator=generator
-        )
-
-    g_idx = torch.arange(k, device=device) // group
-    if ordered:
-        g_idx = g_idx[torch.randperm(k, device=device, generator=generator)]
-    return PackedLinear(
-        qweight=words(k * bits // 32, n),
-        qzeros=words(k // group, n * bits // 32),
-        scales=(torch.rand(k // group, n, device=device, generator=generator) * 0.02 - 0.01).half(),
-        g_idx=g_idx.int(),
-        bias=None,
-        bits=bits,
-        group_size=group,
-        in_features=k,
-        out_features=n,
-        checkpoint_format=CheckpointFormat.GPTQ_V2,
-    )
 
 
 def _prepare(packed: PackedLinear, dtype: torch.dtype) -> RunnableLinear:

@@ -1,10 +1,10 @@
-"""Words of codes -> small exact numbers, and the other way: the two inner steps of every kernel here.
+"""Words of codes -> small exact numbers: the inner step of every kernel here, as PTX and in plain Triton.
 
-A code is never converted. Or-ed into the mantissa of a power of two it *is* a float, 1024 + code in fp16,
-128 + code in bf16 (the "magic number" of Kim et al., arXiv 2211.10017), and one exact multiply-add takes the
-power and the middle of the code's range away. A code may lie anywhere in the mantissa, which saves most of
-the shifts. On a GPU each step runs on two codes at once (`lop3`, `fma.*x2`: compute capability 8.0 and up);
-the same in plain Triton is what the interpreter runs. packing.py says which codes share a word. Knows no tensor.
+A code is never converted. Or-ed into the mantissa of a power of two it *is* a float, 2**p + code (the "magic
+number" of Kim et al., arXiv 2211.10017), and one exact addition takes the power and the zero point away. The power
+is chosen so that a code may lie anywhere in the mantissa, which saves most of the shifts. Each step works on a
+32-bit register, two codes at once: a word is two 16-bit halves that hold neighbouring codes at the same places.
+packing.py says which codes share a word. Knows no tensor.
 """
 
 from __future__ import annotations
@@ -14,133 +14,141 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def planes_of(bits):
-    """Codes that one tile holds for each of its 16-bit places: three words hold 16 codes of 3 bits."""
+def mantissa(bf16):
+    """Bits of a mantissa: what a code and its place have to fit into."""
+    return 7 if bf16 else 10
+
+
+@triton.constexpr_function
+def planes(bits):
+    """Codes that one half of a word holds (3 bits: of three words)."""
     return 16 if bits == 3 else 16 // bits
 
 
 @triton.constexpr_function
-def words_of(bits):
-    """16-bit words that hold them."""
+def words_in(bits):
+    """Words that hold them."""
     return 3 if bits == 3 else 1
 
 
 @triton.constexpr_function
-def shift_of(at, bits, bf16):
-    """The fewest bits by which a word with a code at bit `at` has to move for the mantissa to hold it.
+def place(plane, bits):
+    """(word, lowest bit) of a plane's code; the sixteenth of 3 bits lies in the words' top bits: (-1, 0)."""
+    if bits != 3:
+        return 0, bits * plane
+    return (-1, 0) if plane == 15 else (plane // 5, plane % 5 * 3)
+
+
+@triton.constexpr_function
+def shift(at, bits, bf16):
+    """By how much a word has to move for the mantissa to hold the code at bit `at`.
 
     The same for as many neighbours as possible, so that they share the shift.
     """
-    room, base = (7 if bf16 else 10), 0
-    for place in range(0, at + 1, bits):
-        if place + bits - base > room:
-            base = place
+    base = 0
+    for low in range(0, at + 1, bits):
+        if low + bits - base > mantissa(bf16):
+            base = low
     return base
 
 
 @triton.constexpr_function
-def to_float_asm(place, bits, bf16):
-    """PTX that takes the middle and the power of two away: t holds two codes at bit `place` of a mantissa."""
+def power(plane, bits, bf16):
+    """log2 of the power of two that a plane's codes are added to."""
+    if bits == 8:
+        return 10
+    _, at = place(plane, bits)
+    return mantissa(bf16) - (at - shift(at, bits, bf16))
+
+
+@triton.constexpr_function
+def powers(bits, bf16):
+    """Those of all planes, each once, in the order of the first plane that has it."""
+    return tuple(dict.fromkeys(power(p, bits, bf16) for p in range(planes(bits))))
+
+
+@triton.constexpr_function
+def pair(value, bf16):
+    """Two equal floats in one register."""
     import struct
 
-    def pair(value):
-        if bf16:
-            half = struct.unpack("<I", struct.pack("<f", value))[0] >> 16
-        else:
-            half = struct.unpack("<H", struct.pack("<e", value))[0]
-        return f"0x{half << 16 | half:08x}"
-
-    power = 2.0**place
-    minus = -((128.0 if bf16 else 1024.0) / power + 2 ** (bits - 1))
-    kind = "bf16x2" if bf16 else "f16x2"
-    return f"mov.b32 m, {pair(1 / power)}; mov.b32 c, {pair(minus)}; fma.rn.{kind} $0, t, m, c;"
+    if bf16:
+        half = struct.unpack("<I", struct.pack("<f", value))[0] >> 16
+    else:
+        half = struct.unpack("<H", struct.pack("<e", value))[0]
+    return int(half << 16 | half)
 
 
 @triton.constexpr_function
-def code_asm(shift, place, bits, bf16):
-    """PTX for two words at once: the codes at bits shift + place as floats less 2**(bits - 1)."""
-    mask = ((1 << bits) - 1) << place
-    one = 0x4300 if bf16 else 0x6400
-    move = f"shr.u32 t, $1, {shift};" if shift else "mov.b32 t, $1;"
-    keep = f"lop3.b32 t, t, 0x{mask << 16 | mask:08x}, 0x{one << 16 | one:08x}, 0xea;"  # (t & mask) | one
-    return "{ .reg .b32 t, m, c; " + move + keep + to_float_asm(place, bits, bf16) + " }"
+def _one(log2, bf16):
+    return f"0x{pair(2.0**log2, bf16):08x}"
 
 
 @triton.constexpr_function
-def spread_asm(bf16):
-    """PTX for two times three words: the 3-bit code made of their top bits, as a float less 4."""
-    one = 0x4300 if bf16 else 0x6400
-    steps = (
-        "shr.u32 t, $1, 15; shr.u32 m, $2, 14; shr.u32 c, $3, 13;"
-        "and.b32 t, t, 0x00010001;"
-        "lop3.b32 t, m, 0x00020002, t, 0xea;"
-        "lop3.b32 t, c, 0x00040004, t, 0xea;"
-        f"or.b32 t, t, 0x{one << 16 | one:08x};"
-    )
-    return "{ .reg .b32 t, m, c; " + steps + to_float_asm(0, 3, bf16) + " }"
+def _added(bf16):
+    """$0 = t + (the register that holds minus the power and the zero point), exact."""
+    if bf16:  # an addition of pairs needs compute capability 9.0, a multiply-add 8.0
+        return f"mov.b32 u, {_one(0, True)}; fma.rn.bf16x2 $0, t, u, $1;"
+    return "add.rn.f16x2 $0, t, $1;"
+
+
+# bf16 has no room for 8 bits and a power: subtract in fp16, exact, and convert, exact again.
+_BYTES_BF16 = (
+    "add.rn.f16x2 t, t, $1; { .reg .b16 l, h; .reg .f32 a, b; mov.b32 {l, h}, t; "
+    "cvt.f32.f16 a, l; cvt.f32.f16 b, h; cvt.rn.bf16x2.f32 $0, b, a; }"
+)
+
+
+@triton.constexpr_function
+def plane_ptx(plane, bits, bf16):
+    """PTX of one plane: $0 its two codes less the zero point; $1 minus (power + zero point); $2 ... the words."""
+    word, at = place(plane, bits)
+    if bits == 8:
+        low, high = (0, 2) if plane == 0 else (1, 3)
+        spread = f"prmt.b32 t, $2, 0x64646464, 0x4{high}4{low};"
+        return "{ .reg .b32 t, u; " + spread + (_BYTES_BF16 if bf16 else _added(False)) + " }"
+    one = _one(power(plane, bits, bf16), bf16)
+    if word < 0:
+        keep = (
+            "shr.u32 t, $2, 15; shr.u32 u, $3, 14; and.b32 t, t, 0x00010001; "
+            "lop3.b32 t, u, 0x00020002, t, 0xea; shr.u32 u, $4, 13; lop3.b32 t, u, 0x00040004, t, 0xea; "
+            f"or.b32 t, t, {one}; "
+        )
+        return "{ .reg .b32 t, u; " + keep + _added(bf16) + " }"
+    by = shift(at, bits, bf16)
+    mask = ((1 << bits) - 1) << (at - by)
+    move = f"shr.u32 t, ${2 + word}, {by}; " if by else f"mov.b32 t, ${2 + word}; "
+    keep = f"lop3.b32 t, t, 0x{mask << 16 | mask:08x}, {one}, 0xea; "  # (t & mask) | one
+    return "{ .reg .b32 t, u; " + move + keep + _added(bf16) + " }"
+
+
+@triton.constexpr_function
+def class_of(plane, bits, bf16):
+    """Which of `powers_of` a plane's codes are added to."""
+    return powers(bits, bf16).index(power(plane, bits, bf16))
+
+
+@triton.constexpr_function
+def minus_pair(log2, bits, bf16):
+    """The register minus (2**log2 + the middle of the codes' range), twice, as int32."""
+    value = pair(-(2.0**log2 + 2 ** (bits - 1)), bf16 and bits != 8)
+    return value - (1 << 32)
 
 
 @triton.jit
-def _less_middle(mantissa, PLACE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr):
-    """16-bit mantissas with a code at bit PLACE -> the code less 2**(BITS - 1), as fp16 or bf16."""
-    POWER: tl.constexpr = 1.0 / (1 << PLACE)
-    if BF16:
-        value = (mantissa | 0x4300).to(tl.bfloat16, bitcast=True).to(tl.float32)
-        less = (value * POWER - (128.0 * POWER + (1 << (BITS - 1)))).to(tl.bfloat16)
+def code(a, b, c, half, PLANE: tl.constexpr, BITS: tl.constexpr):
+    """Plane PLANE's code in half `half` (0 or 1, a tensor) of words (int32), int32. b and c: 3 bits only."""
+    WORD: tl.constexpr = place(PLANE, BITS)[0]
+    AT: tl.constexpr = place(PLANE, BITS)[1]
+    if WORD < 0:
+        value = ((a >> (half * 16 + 15)) & 1) | ((b >> (half * 16 + 15)) & 1) << 1
+        value = value | ((c >> (half * 16 + 15)) & 1) << 2
+    elif WORD == 0:
+        value = (a >> (half * 16 + AT)) & ((1 << BITS) - 1)
+    elif WORD == 1:
+        value = (b >> (half * 16 + AT)) & ((1 << BITS) - 1)
     else:
-        value = (mantissa | 0x6400).to(tl.float16, bitcast=True).to(tl.float32)
-        less = (value * POWER - (1024.0 * POWER + (1 << (BITS - 1)))).to(tl.float16)
-    return less
-
-
-@triton.jit
-def _code(word, AT: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """The code at bits [AT, AT + BITS) of every word (int16) as a float less 2**(BITS - 1)."""
-    SHIFT: tl.constexpr = shift_of(AT, BITS, BF16)
-    PLACE: tl.constexpr = AT - SHIFT
-    PTX: tl.constexpr = code_asm(SHIFT, PLACE, BITS, BF16)
-    if not ASM:
-        mantissa = (word.to(tl.uint16, bitcast=True) >> SHIFT) & (((1 << BITS) - 1) << PLACE)
-        value = _less_middle(mantissa, PLACE, BITS, BF16)
-    elif BF16:
-        value = tl.inline_asm_elementwise(PTX, "=r,r", [word], dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
-        value = tl.inline_asm_elementwise(PTX, "=r,r", [word], dtype=tl.float16, is_pure=True, pack=2)
-    return value
-
-
-@triton.jit
-def _spread(a, b, c, BF16: tl.constexpr, ASM: tl.constexpr):
-    """The 3-bit code whose bits are the top bits of three words, less 4."""
-    PTX: tl.constexpr = spread_asm(BF16)
-    if not ASM:
-        low = (a.to(tl.uint16, bitcast=True) >> 15) & 1
-        middle = (b.to(tl.uint16, bitcast=True) >> 14) & 2
-        high = (c.to(tl.uint16, bitcast=True) >> 13) & 4
-        value = _less_middle(low | middle | high, 0, 3, BF16)
-    elif BF16:
-        value = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
-        value = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2)
-    return value
-
-
-@triton.jit
-def plane(a, b, c, PLANE: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Plane PLANE of a tile's words (rows, places) int16 as floats less 2**(BITS - 1). b and c: 3 bits only."""
-    if BITS == 3:
-        if PLANE == 15:
-            value = _spread(a, b, c, BF16, ASM)
-        elif PLANE < 5:
-            value = _code(a, 3 * PLANE, 3, BF16, ASM)
-        elif PLANE < 10:
-            value = _code(b, 3 * PLANE - 15, 3, BF16, ASM)
-        else:
-            value = _code(c, 3 * PLANE - 30, 3, BF16, ASM)
-    elif BITS == 8 and BF16:  # 128 + code does not fit seven bits of mantissa
-        value = _code(a, 8 * PLANE, 8, False, ASM).to(tl.bfloat16)
-    else:
-        value = _code(a, BITS * PLANE, BITS, BF16, ASM)
+        value = (c >> (half * 16 + AT)) & ((1 << BITS) - 1)
     return value
 
 

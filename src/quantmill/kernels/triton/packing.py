@@ -1,14 +1,18 @@
 """A linear as it lies in a file -> tiles for the GPU's kernels, on the device, in one pass over the codes.
 
-A *tile* is all rows (outputs) by so many columns (inputs) as its 16-bit words hold. A row of a tile has
-`places` words side by side; word i holds code i of every *plane*, so masking a register with two words gives two
-neighbouring columns of one plane, which is what a tensor core takes. Plane p, place i of tile t is column
-(t * planes + p) * places + i. Three bits take three words a place: five codes in each, and the sixteenth in their
-top bits.
+A *tile* is 16 rows (outputs); it is cut into *units*, what the 32 threads of a warp take with one load of 16 bytes
+each (3 bits: three loads). A unit holds so many *planes*; a plane is 16 rows times 16 columns, the left operand of
+the tensor cores' `mma.m16n8k16`, and each thread holds exactly the codes that it puts into that instruction: word r
+of a thread holds, for every plane, the two codes of register r. So nothing is moved between threads, and every load
+is contiguous.
+
+Which columns make a plane is free, as long as x is read in the same order. Thread t of a quad takes 8 neighbours
+of 32 columns, 16 bytes of x, for two planes (`narrow`, for groups of 16: 4 neighbours of 16 columns, for one).
 
 Columns are in the file's order where its groups are consecutive and of a size that planes can honour. Elsewhere
 (true act order, groups of 24) they are sorted by group, every group filled up with places that take no input, and
-`order` names the input of each place; the kernel reads x through it. Knows no kernel's tuning.
+`order` names the input of each place: who makes x puts it into this order, or the kernel reads x through it.
+Knows no kernel's tuning.
 """
 
 from __future__ import annotations
@@ -18,21 +22,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantmill.formats.gptq import is_sequential, unpack_zeros
-from quantmill.types import PackedLinear
+from quantmill.formats.gptq import is_sequential, pack_words, unpack_zeros
+from quantmill.types import CheckpointFormat, PackedLinear
 
+TILE = 16  # rows of a tile
 ROWS = 128  # rows are filled up to a multiple: the largest block of rows that one program takes
-MOST_COLUMNS = 256  # of a tile that need not be wider
-_REPACK_ROWS = 64
+PLANE = 16  # columns of a plane
+WIDE = 32  # columns that two planes share, unless narrow
 
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """How columns fall into tiles: numbers that kernels are compiled for."""
+    """How columns fall into units: numbers that kernels are compiled for."""
 
     bits: int
-    places: int  # 16, 32 or 64
-    group: int  # columns that share a scale: a multiple of `columns`, or a power of two from `places` up
+    group: int  # columns that share a scale: a power of two from 16 up, or all columns of the tiles
+    narrow: bool
 
     @property
     def planes(self) -> int:
@@ -44,38 +49,44 @@ class TileShape:
 
     @property
     def columns(self) -> int:
-        return self.planes * self.places
+        """Columns of a unit."""
+        return self.planes * PLANE
 
     @property
     def group_planes(self) -> int:
-        """Planes of one tile that share a scale."""
-        return min(self.planes, self.group // self.places)
-
-    @property
-    def tiles_per_group(self) -> int:
-        return max(1, self.group // self.columns)
+        """Planes that share a scale."""
+        return self.group // PLANE
 
 
 @dataclass(frozen=True, slots=True)
 class TiledLinear:
     """A linear in tiles, all tensors on one device. Inputs K, outputs N, `rows` >= N of them stored."""
 
-    words: Tensor  # (tiles, words, rows, places) int16
-    scales: Tensor  # (groups, rows) float16, 0 where there is no output
-    zeros: Tensor | None  # (groups, rows) int8: zero point less 2**(bits - 1); None: 0 everywhere
-    order: Tensor | None  # (tiles * columns,) int32: the input of each place, -1: none; None: 0, 1, 2 ...
+    words: Tensor  # (tiles, units, words, 32 threads, 4) int32
+    scales: Tensor  # (tiles, groups, 8) int32: two float16, of rows g and g + 8; 0 where there is no output
+    zeros: Tensor | None  # the same of 2**(bits - 1) less the zero point; None: 0 everywhere
+    order: Tensor | None  # (units * columns,) int32: the input of each place, -1: none; None: 0, 1, 2 ...
     bias: Tensor | None  # (N,) float16
     shape: TileShape
     in_features: int
     out_features: int
 
     @property
-    def tiles(self) -> int:
-        return self.words.shape[0]
+    def units(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Places, filled ones and empty ones."""
+        return self.units * self.shape.columns
 
     @property
     def rows(self) -> int:
-        return self.words.shape[2]
+        return self.words.shape[0] * TILE
+
+    @property
+    def groups(self) -> int:
+        return self.scales.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -85,18 +96,13 @@ class TiledLinear:
 
 
 def tile_shape(bits: int, group_size: int, in_features: int) -> TileShape:
-    """The tiles for a linear with K inputs; as few columns are filled up as two sizes of tile allow."""
-    whole = group_size == -1 or group_size >= in_features
-    power = 1 << 30 if whole else group_size & -group_size
+    """The units for a linear with K inputs."""
     planes = 16 if bits == 3 else 16 // bits
-    fits = [
-        p for p in (64, 32) if power >= p and in_features % (planes * p) == 0 and planes * p <= MOST_COLUMNS
-    ]
-    places = 16 if bits == 3 or not fits else fits[0]
-    columns = planes * places
-    if whole:
-        return TileShape(bits, places, -(-in_features // columns) * columns)
-    return TileShape(bits, places, group_size if group_size % columns == 0 else max(power, places))
+    if group_size == -1 or group_size >= in_features:
+        columns = planes * PLANE
+        return TileShape(bits, -(-in_features // columns) * columns, narrow=False)
+    power = max(group_size & -group_size, PLANE)
+    return TileShape(bits, power, narrow=power < WIDE)
 
 
 def column_order(g_idx: Tensor, group: int) -> Tensor:
@@ -122,14 +128,15 @@ def tile(packed: PackedLinear) -> TiledLinear:
         order = column_order(packed.g_idx, shape.group)
     else:
         order = torch.arange(k, dtype=torch.int32, device=device)
-    tiles = -(-len(order) // shape.columns)
-    order = torch.nn.functional.pad(order, (0, tiles * shape.columns - len(order)), value=-1)
-    rows = -(-n // ROWS) * ROWS
-    words = torch.empty(tiles, shape.words, rows, shape.places, dtype=torch.int16, device=device)
-    repack_kernel[(tiles, rows // _REPACK_ROWS)](
-        packed.qweight.contiguous(), order, words, n, rows, packed.bits, shape.places, _REPACK_ROWS
+    units = -(-len(order) // shape.columns)
+    order = torch.nn.functional.pad(order, (0, units * shape.columns - len(order)), value=-1)
+    tiles = -(-n // ROWS) * (ROWS // TILE)
+    words = torch.empty(tiles, units, shape.words, 32, 4, dtype=torch.int32, device=device)
+    at_once = ROWS // TILE
+    repack_kernel[(tiles // at_once, units)](
+        packed.qweight.contiguous(), order, words, n, units, packed.bits, shape.narrow, at_once
     )
-    scales, zeros = _group_tensors(packed, order, shape.group, rows)
+    scales, zeros = _group_tensors(packed, order, shape.group, tiles)
     bias = None if packed.bias is None else packed.bias.contiguous()
     return TiledLinear(words, scales, zeros, order if ordered else None, bias, shape, k, n)
 
@@ -140,15 +147,32 @@ def _honours(shape: TileShape, group_size: int, in_features: int) -> bool:
 
 
 def _group_tensors(
-    packed: PackedLinear, order: Tensor, group: int, rows: int
+    packed: PackedLinear, order: Tensor, group: int, tiles: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales (groups, rows) float16 and zero points less the middle (groups, rows) int8, None if all are 0."""
+    """Scales and the middle less zero points as pairs (tiles, groups, 8); zeros None if all are the middle."""
     firsts = order[::group].long()  # a group's first place always takes an input, or the group takes none
     source = packed.g_idx.long().index_select(0, firsts.clamp(min=0))
     scales = packed.scales.index_select(0, source)
     scales = torch.where((firsts >= 0)[:, None], scales, torch.zeros_like(scales))
-    fill = (0, rows - packed.out_features)
+    if _all_middle(packed):
+        return _pairs(scales, tiles), None
     true = unpack_zeros(packed.qzeros, packed.bits, packed.out_features, packed.checkpoint_format)
-    zeros = (true.T.index_select(0, source).to(torch.int16) - 2 ** (packed.bits - 1)).to(torch.int8)
-    pad = torch.nn.functional.pad
-    return pad(scales, fill).contiguous(), pad(zeros, fill).contiguous() if bool(zeros.any()) else None
+    zeros = (2 ** (packed.bits - 1) - true.T.index_select(0, source).to(torch.int16)).to(torch.float16)
+    return _pairs(scales, tiles), _pairs(zeros, tiles)
+
+
+def _all_middle(packed: PackedLinear) -> bool:
+    """Whether every zero point is the middle of the codes' range, as in symmetric grids; unpacks none of them."""
+    if packed.out_features % 32:
+        return False
+    stored = 2 ** (packed.bits - 1) - (packed.checkpoint_format is CheckpointFormat.GPTQ)
+    equal = torch.full((32, 1), stored, dtype=torch.uint8)
+    pattern = pack_words(equal, packed.bits).flatten().to(packed.qzeros.device)
+    return bool((packed.qzeros.view(-1, packed.bits) == pattern).all())
+
+
+def _pairs(values: Tensor, tiles: int) -> Tensor:
+    """(groups, N) float16 -> (tiles, groups, 8) int32: rows g and g + 8 of every tile side by side."""
+    filled = torch.nn.functional.pad(values, (0, tiles * TILE - values.shape[1]))
+    halves = filled.view(-1, tiles, 2, 8).permute(1, 0, 3, 2).contiguous()
+    return halves.view(torch.int32).squeeze(-1)

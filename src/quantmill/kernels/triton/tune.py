@@ -8,39 +8,82 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from quantmill.kernels.triton import tuning
-from quantmill.kernels.triton.linear import RunnableLinear, tiled_product
-from quantmill.kernels.triton.packing import TiledLinear
-from quantmill.kernels.triton.tuning import Cut
+from quantmill.kernels.triton.linear import (
+    RunnableLinear,
+    dense_product,
+    few_product,
+    has_wide,
+    slice_units,
+    wide_product,
+)
+from quantmill.kernels.triton.packing import TILE, TiledLinear
+from quantmill.kernels.triton.tuning import Cut, WideCut
 
 BEYOND_CACHE = 300 << 20  # bytes of copies of one linear: five times the largest L2
-LAUNCHES = 24  # at least, in one graph
-PARTS = (1, 2, 4, 8, 16)
-VOTERS = (16, 64)  # blocks of rows of x that decide the number of parts
-# (rows of weights, warps, tiles in shared memory) that won somewhere on an H200, by rows of x
-SHARES = {
-    16: ((64, 4, 3), (64, 4, 4), (32, 2, 3), (32, 2, 4)),
-    32: ((64, 4, 3), (64, 4, 4)),
-    64: ((64, 4, 3), (64, 4, 4), (128, 8, 3)),
-    128: ((128, 8, 2), (128, 8, 3), (64, 4, 3)),
-}
+LAUNCHES = 20  # at least, in one graph
+STAGED_BYTES = 112 << 10  # of x in shared memory: two programs of a multiprocessor at the most
+# (warps beside each other, tiles of a warp, units read ahead for one tile) that won somewhere on an H200
+SHARES = ((4, 1, 8), (4, 2, 8), (8, 1, 8), (8, 2, 8), (4, 4, 8))
+FEW_SHARES = ((1, 1, 8), (1, 2, 16), (1, 1, 4), (1, 2, 8))
+# (rows of x, warps, tiles of a warp, stages)
+WIDE_SHARES = ((256, 8, 1, 4), (128, 8, 2, 4), (128, 8, 1, 4), (64, 8, 2, 4), (64, 8, 1, 4))
 
 
 def candidates(linear: TiledLinear, block: int) -> list[Cut]:
-    """Cuts worth a measurement."""
-    device = linear.words.device
-    busy, limit = tuning.processors(device), tuning.shared_memory(device)
-    found = {
-        tuning.fitted(Cut(rows, parts, warps, stages), block, linear.shape, limit)
-        for (rows, warps, stages), parts in itertools.product(SHARES[block], PARTS)
-        if linear.tiles >= 2 * parts and busy / 2 <= linear.rows // rows * parts <= 12 * busy
-    }
-    return sorted(found or {tuning.rule_cut(block, 1)}, key=dataclasses.astuple)
+    """Cuts worth a measurement for an entry of ROWS_OF_X."""
+    found = dict.fromkeys((*_whole(linear, block), *_split(linear, block)))
+    return list(found) or [tuning.rule_cut(linear, block, *tuning.rule_slices(linear))]
+
+
+def _parts(slices: int) -> list[int]:
+    return [p for p in (2, 4, 8, 16) if p <= slices] or [1]
+
+
+def _whole(linear: TiledLinear, block: int) -> Iterator[Cut]:
+    """A program takes all of K."""
+    if block > 8:
+        return
+    slices, _ = tuning.rule_slices(linear)
+    tiles = linear.rows // TILE
+    for parts, (beside, own, ahead), inputs in itertools.product(_parts(slices), FEW_SHARES, (4, 8)):
+        if tiles % (beside * own) == 0:
+            units = max(1, ahead // own // linear.shape.words)
+            yield Cut(max(8, block), slices, parts, beside, own, units, inputs, False, False)
+
+
+def _split(linear: TiledLinear, block: int) -> Iterator[Cut]:
+    """A program takes one part of K, its x in shared memory."""
+    slices, _ = tuning.rule_slices(linear)
+    if block <= tuning.ROWS_OF_X[0] or slices < 2:
+        return
+    tiles, busy = linear.rows // TILE, tuning.processors(linear.words.device)
+    for parts, (beside, own, ahead) in itertools.product(_parts(slices), SHARES):
+        columns = slice_units(linear, slices) * (slices // parts) * linear.shape.columns
+        held = (1 << (columns - 1).bit_length()) * 2 * block
+        programs = tiles // (beside * own) * parts
+        fits = tiles % (beside * own) == 0 and own * block <= 64 and held <= STAGED_BYTES
+        if fits and busy / 2 <= programs <= 14 * busy:
+            units = max(1, ahead // own // linear.shape.words)
+            yield Cut(block, slices, parts, beside, own, units, 2 if block <= 16 else 1, True, True, True)
+
+
+def wide_candidates(linear: TiledLinear, rows_of_x: int) -> Iterator[WideCut]:
+    """The same for the kernel for many rows."""
+    if tuning.rule_wide(linear, rows_of_x) is None:
+        return
+    busy = tuning.processors(linear.words.device)
+    for (rows, warps, own, stages), parts in itertools.product(WIDE_SHARES, (1, 2, 4, 7, 8)):
+        programs = linear.rows // (TILE * warps * own) * -(-rows_of_x // rows) * parts
+        fits = linear.rows % (TILE * warps * own) == 0 and linear.units % (parts * 4) == 0
+        if fits and rows < 2 * rows_of_x and busy / 2 <= programs and (parts == 1 or programs <= 3 * busy):
+            yield WideCut(rows, warps, own, parts, 4, stages)
 
 
 def copies(linear: TiledLinear) -> list[RunnableLinear]:
@@ -50,53 +93,72 @@ def copies(linear: TiledLinear) -> list[RunnableLinear]:
     return [RunnableLinear.of(t) for t in (linear, *others)]
 
 
-def tune(
-    linear: TiledLinear, dtype: torch.dtype = torch.float16, blocks: Sequence[int] = tuning.ROWS_OF_X
-) -> None:
-    """Find the fastest cut for every block of rows of x and keep them for this GPU.
+def tune(linear: TiledLinear, dtype: torch.dtype = torch.float16) -> None:
+    """Find the fastest cuts for every number of rows of x and keep them for this GPU.
 
-    All share one number of parts, the one that loses least for one row and for 64: what is added to what must
-    not depend on how many rows come together.
+    Those for few rows share their slices and parts of K, which lose least over all: what is added to what must not
+    depend on how many rows come together.
     """
     every = copies(linear)
-    times = {block: measured(every, block, dtype) for block in blocks}
-    parts = fairest_parts({b: t for b, t in times.items() if b in VOTERS} or times)
+    times = {block: few_times(every, block, dtype) for block in tuning.ROWS_OF_X}
+    parts = fairest_parts(times)
     best = {}
     for block, found in times.items():
         allowed = {time: cut for cut, time in found.items() if cut.parts == parts}
         if allowed:
             best[block] = allowed[min(allowed)]
-    tuning.remember(tuning.device_name(linear.words.device), tuning.key_of(linear), parts, best)
+    wide = {rows: best_wide(every, rows, dtype) for rows in tuning.WIDE_ROWS}
+    tuning.remember(tuning.device_name(linear.words.device), tuning.key_of(linear), best, wide)
 
 
 def fairest_parts(times: Mapping[int, Mapping[Cut, float]]) -> int:
-    """The number of parts, possible for every block, whose times over the blocks' best sum to least."""
-    possible = set.intersection(*({c.parts for c in found} for found in times.values()))
+    """The number of parts, possible for most blocks, whose times over the blocks' best sum to least."""
 
-    def loss(parts: int) -> float:
-        return sum(
-            min(t for c, t in found.items() if c.parts == parts) / min(found.values())
-            for found in times.values()
-        )
+    def loss(parts: int) -> tuple[int, float]:
+        of = [[t for c, t in found.items() if c.parts == parts] for found in times.values()]
+        ratios = [min(mine) / min(times[b].values()) for b, mine in zip(times, of, strict=True) if mine]
+        return -len(ratios), sum(ratios)
 
-    return min(possible, key=loss)
+    return min({c.parts for found in times.values() for c in found}, key=loss)
 
 
-def measured(every: list[RunnableLinear], block: int, dtype: torch.dtype) -> dict[Cut, float]:
-    """Microseconds of every candidate with `block` rows of x; with one, where `block` is the smallest."""
+def few_times(every: list[RunnableLinear], block: int, dtype: torch.dtype) -> dict[Cut, float]:
+    """Microseconds of every candidate for an entry of ROWS_OF_X; one row for the first."""
+    x = _inputs(every[0], 1 if block == tuning.ROWS_OF_X[0] else block, dtype)
+    times = {}
+    for cut in candidates(every[0].tiled, block):
+        time = _time([functools.partial(few_product, x, each, cut=cut) for each in every])
+        if time is not None:
+            times[cut] = time
+    return times
+
+
+def best_wide(every: list[RunnableLinear], rows: int, dtype: torch.dtype) -> WideCut | None:
+    """The fastest cut for so many rows; None where a dense copy for the call's duration is faster."""
+    if not has_wide(every[0].tiled.words.device):
+        return None
+    x = _inputs(every[0], rows, dtype)
+    dense = _time([functools.partial(dense_product, x, each.tiled) for each in every])
+    times: dict[WideCut | None, float] = {} if dense is None else {None: dense}
+    for cut in wide_candidates(every[0].tiled, rows):
+        time = _time([functools.partial(wide_product, x, each, cut) for each in every])
+        if time is not None:
+            times[cut] = time
+    return min(times, key=lambda cut: times[cut])
+
+
+def _inputs(linear: RunnableLinear, rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(rows, linear.tiled.in_features, dtype=dtype, device=linear.tiled.words.device)
+
+
+def _time(calls: Sequence[Callable[[], object]]) -> float | None:
+    """Microseconds, or None where a cut takes more than this GPU has."""
     from triton.runtime.errors import OutOfResources
 
-    tiled = every[0].tiled
-    rows = 1 if block == tuning.ROWS_OF_X[0] else block
-    x = torch.randn(rows, tiled.in_features, dtype=dtype, device=tiled.words.device)
-    times: dict[Cut, float] = {}
-    for cut in candidates(tiled, block):
-        calls = [functools.partial(tiled_product, x, each, cut) for each in every]
-        try:
-            times[cut] = microseconds(calls, replays=4)
-        except OutOfResources:  # an estimate of shared memory was off: the cut does not exist here
-            continue
-    return times
+    try:
+        return microseconds(calls, replays=4)
+    except OutOfResources:
+        return None
 
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = 9) -> float:

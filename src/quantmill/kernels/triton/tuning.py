@@ -1,101 +1,136 @@
 """How a product is cut up for a GPU: from a table of measurements, else by rule. Knows no kernel's insides.
 
 Measured cuts lie in `<device>.json`, one file a GPU: those that come with the package in cuts/, over them those
-that `remember` wrote on this machine. A rule of thumb serves where nothing was measured. The number of parts
+that `remember` wrote on this machine. A rule of thumb serves where nothing was measured. The number of slices of K
 belongs to the linear alone, never to the rows of x, because it decides what is added to what.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from quantmill.errors import BadCheckpoint
 from quantmill.files import cache_root, read_json, write_json
-from quantmill.kernels.triton.packing import TiledLinear, TileShape
+from quantmill.kernels.triton.packing import TiledLinear
 from quantmill.types import Json
 
-ROWS_OF_X = (16, 32, 64, 128)  # rows of x that one program may take
-MOST_ROWS = 128  # above them a dense copy for the call's duration and the vendor's product are used
-MOST_ROWS_ORDERED = 8  # the same where x is read through an order, element by element
+# Most rows of x for which one cut of the kernel for few rows is used; the last serves any number.
+ROWS_OF_X = (2, 8, 16, 32)
+MOST_FEW = 128  # up to so many rows go there, and a row's bits do not depend on how many
+MOST_STAGED = 64 << 10  # bytes of x in shared memory, by rule: fits every GPU
+WIDE_ROWS = (128, 256, 512, 1024)  # the same of the kernel for many rows
+MOST_WIDE = 1024  # above, a dense copy and the vendor's product take over
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """One program's share: rows of weights (divides 128) and parts of K; how it reads."""
+    """One program's share, and how early it reads."""
 
-    rows: int
-    parts: int
-    warps: int
-    stages: int  # tiles in shared memory
-    ahead: int = 2  # tiles asked for while the kernel before still runs; a power of two
+    rows: int  # of x: a multiple of 8
+    slices: int  # of K, a warp each: a power of two
+    parts: int  # of K: the slices are in so many groups; a power of two
+    beside: int  # warps that share a slice of x
+    tiles: int  # of 16 rows, of every warp
+    ahead: int  # units asked for before they are needed
+    inputs_ahead: int  # the same of blocks of 32 inputs
+    split: bool  # a program takes one part of K, not all
+    staged: bool  # x waits in shared memory
+    in_turn: bool = False  # a warp takes all slices of its program, one after the other
+
+
+@dataclass(frozen=True, slots=True)
+class WideCut:
+    """The same for the kernel for many rows."""
+
+    rows: int  # of x
+    warps: int  # 4 or 8
+    tiles: int  # of 16 rows, of every warp
+    parts: int  # of K
+    ahead: int
+    stages: int  # blocks of x in shared memory
 
 
 def block_of(rows_of_x: int) -> int:
-    """Rows of x that one program takes where a call brings so many."""
+    """The entry of ROWS_OF_X for so many rows."""
     return next((b for b in ROWS_OF_X if rows_of_x <= b), ROWS_OF_X[-1])
-
-
-def most_rows(linear: TiledLinear) -> int:
-    """The most rows of x that are multiplied straight from the codes."""
-    return MOST_ROWS if linear.order is None else min(MOST_ROWS, MOST_ROWS_ORDERED)
 
 
 def cut_for(linear: TiledLinear, rows_of_x: int) -> Cut:
     """The measured cut for this GPU, else the rule's."""
     block = block_of(rows_of_x)
-    device = linear.words.device
     entry = measured(linear)
     if entry is not None and str(block) in entry["cuts"]:
-        rows, warps, stages, ahead = entry["cuts"][str(block)]
-        return Cut(rows, entry["parts"], warps, stages, ahead)
-    parts = rule_parts(linear, processors(device)) if entry is None else entry["parts"]
-    return fitted(rule_cut(block, parts), block, linear.shape, shared_memory(device))
+        return Cut(max(8, block), entry["slices"], entry["parts"], *entry["cuts"][str(block)])
+    slices, parts = (entry["slices"], entry["parts"]) if entry else rule_slices(linear)
+    return rule_cut(linear, block, slices, parts)
+
+
+def wide_cut(linear: TiledLinear, rows_of_x: int) -> WideCut | None:
+    """The measured cut of the kernel for many rows, else the rule's; None: a dense copy is faster, or must be."""
+    if linear.shape.bits != 4 or linear.shape.narrow or rows_of_x > MOST_WIDE:
+        return None
+    entry = measured(linear)
+    block = next((b for b in WIDE_ROWS if rows_of_x <= b), WIDE_ROWS[-1])
+    if entry is not None and "wide" in entry:
+        found = entry["wide"].get(str(block))
+        return None if found is None else WideCut(*found)
+    return rule_wide(linear, rows_of_x)
 
 
 def measured(linear: TiledLinear) -> Json | None:
-    """What the table holds for linears of this shape: {"parts": p, "cuts": {rows of x: [...]}}."""
+    """What the table holds for linears of this shape.
+
+    {"slices": s, "parts": p, "cuts": {rows of x: the rest of a Cut}, "wide": {rows of x: a WideCut, null: dense}}.
+    """
     entry: Json | None = _table(device_name(linear.words.device)).get(key_of(linear))
     return entry
 
 
-def shared_bytes(cut: Cut, block: int, shape: TileShape) -> int:
-    """Shared memory that the tiles and inputs read ahead take, about."""
-    return cut.stages * shape.places * 2 * (cut.rows * shape.words + block * shape.planes)
-
-
-def fitted(cut: Cut, block: int, shape: TileShape, limit: int) -> Cut:
-    """The cut with as many tiles read ahead, and then rows, as `limit` bytes of shared memory hold."""
-    while cut.stages > 2 and shared_bytes(cut, block, shape) > limit:
-        cut = replace(cut, stages=cut.stages - 1)
-    while cut.rows > 32 and shared_bytes(cut, block, shape) > limit:
-        cut = replace(cut, rows=cut.rows // 2)
-    return cut
-
-
-def rule_cut(block: int, parts: int) -> Cut:
+def rule_cut(linear: TiledLinear, block: int, slices: int, parts: int) -> Cut:
     """What was seldom far from the best on an H200."""
-    rows, warps, stages = {16: (64, 4, 4), 32: (64, 4, 4), 64: (64, 4, 3), 128: (128, 8, 3)}[block]
-    return Cut(rows, parts, warps, stages)
+    rows, words = max(8, block), linear.shape.words
+    if block <= ROWS_OF_X[0] or parts == 1:
+        tiles = 1 if block <= ROWS_OF_X[0] else 2
+        ahead, inputs = max(1, 8 // (tiles * words)), 4 if rows <= 16 else 1
+        return Cut(rows, slices, parts, 1, tiles, ahead, inputs, False, False)
+    of_part = -(-linear.columns // parts)
+    staged = (1 << (of_part - 1).bit_length()) * 2 * rows <= MOST_STAGED
+    return Cut(rows, slices, parts, 4, 2, max(1, 4 // words), 1, True, staged, True)
 
 
-def rule_parts(linear: TiledLinear, multiprocessors: int) -> int:
-    """Parts of K: a power of two that gives every multiprocessor about three programs of 64 rows."""
+def rule_slices(linear: TiledLinear) -> tuple[int, int]:
+    """Slices of K and the parts that they make up: powers of two, no slice shorter than two units."""
+    slices = 16 if linear.columns > 8192 else 8
+    while slices > 1 and linear.units < 2 * slices:
+        slices //= 2
+    return slices, slices
+
+
+def rule_wide(linear: TiledLinear, rows_of_x: int) -> WideCut | None:
+    """A cut that gives every multiprocessor a program, where K can be split so far."""
+    rows = next((r for r in (64, 128) if rows_of_x <= r), 256)
+    turns = -(-linear.rows // 128) * -(-rows_of_x // rows)
     parts = 1
-    while parts * linear.rows // 64 < 2.8 * multiprocessors and linear.tiles >= 4 * parts:
+    while parts < 8 and turns * parts * 2 <= processors(linear.words.device) * 1.1:
         parts *= 2
-    return parts
+    while parts > 1 and linear.units % (parts * 4):
+        parts //= 2
+    return None if linear.units % (parts * 4) else WideCut(rows, 8, 1, parts, 4, 4)
 
 
 def key_of(linear: TiledLinear) -> str:
     """What decides a cut: the linear's shape, not its numbers."""
-    kind = "".join(c for c, here in (("z", linear.zeros), ("o", linear.order)) if here is not None)
     shape = linear.shape
-    return f"{shape.bits}b-{shape.group}g{kind}-{linear.in_features}x{linear.out_features}"
+    zeros = "" if linear.zeros is None else "z"
+    group = -1 if linear.groups == 1 else shape.group
+    return f"{shape.bits}b-{group}g{zeros}-{linear.columns}x{linear.out_features}"
 
 
 def processors(device: torch.device) -> int:
@@ -121,14 +156,20 @@ def device_name(device: torch.device) -> str:
 
 def table_path(name: str) -> Path:
     """Where cuts measured on this machine are kept."""
-    return cache_root() / "tuning" / f"{name}.json"
+    return cache_root() / "cuts" / f"{name}.json"
 
 
-def remember(name: str, key: str, parts: int, cuts: dict[int, Cut]) -> None:
-    """Keep what was measured: cuts by block of rows of x."""
+def remember(
+    name: str, key: str, cuts: Mapping[int, Cut], wide: Mapping[int, WideCut | None] | None = None
+) -> None:
+    """Keep what was measured, by entry of ROWS_OF_X and of WIDE_ROWS. All cuts have the same slices and parts."""
     path = table_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    entry = {"parts": parts, "cuts": {str(b): [c.rows, c.warps, c.stages, c.ahead] for b, c in cuts.items()}}
+    one = next(iter(cuts.values()))
+    lists = {str(b): list(dataclasses.astuple(c))[3:] for b, c in cuts.items()}
+    entry: Json = {"slices": one.slices, "parts": one.parts, "cuts": lists}
+    if wide is not None:
+        entry["wide"] = {str(b): None if c is None else list(dataclasses.astuple(c)) for b, c in wide.items()}
     write_json(path, {**_table(name), key: entry})
     _table.cache_clear()
 

@@ -1,0 +1,72 @@
+"""A path that is wrong, or does not compile, is found out before it is used."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton.language", reason="triton is not installed")
+
+from triton.errors import TritonError
+
+from quantmill.formats.gptq import dequantize
+from quantmill.kernels.triton import linear, packing, proof
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried(monkeypatch):
+    monkeypatch.setattr(proof, "_faults", {})
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    return packing.tile(proof.sample(4, 64, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+
+def right(x, runnable):
+    return linear.dense_product(x, runnable.tiled)
+
+
+def test_a_right_product_is_used_and_tried_once(tiled):
+    calls = []
+
+    def product(x, runnable):
+        calls.append(x.shape[0])
+        return right(x, runnable)
+
+    for _ in range(3):
+        assert proof.usable("few", tiled, torch.float16, (1, 3), product)
+    assert calls == [1, 3]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_wrong_product_is_not_used_and_named(tiled, caplog, rows):
+    def product(x, runnable):
+        return right(x, runnable) * (1.5 if x.shape[0] == rows else 1.0)
+
+    with caplog.at_level(logging.WARNING):
+        assert not proof.usable("few", tiled, torch.float16, (1, 3), product)
+    assert "'few' for 4 bits is not used: its result is wrong by 0.5" in caplog.text
+
+
+def test_nan_is_wrong(tiled):
+    assert not proof.usable("few", tiled, torch.float16, (1,), lambda x, r: right(x, r) * float("nan"))
+
+
+def test_another_triton_is_no_crash(tiled, caplog):
+    def product(x, runnable):
+        raise TritonError("no such instruction")
+
+    with caplog.at_level(logging.WARNING):
+        assert not proof.usable("wide", tiled, torch.bfloat16, (1,), product)
+    assert "does not compile with this triton (TritonError)" in caplog.text
+
+
+def test_a_sample_is_a_linear_with_everything():
+    packed = proof.sample(3, 16, torch.device("cpu"), ordered=True)
+    assert dequantize(packed, torch.float32).shape == (128, 512)
+    tiled = packing.tile(packed)
+    assert tiled.order is not None
+    assert tiled.zeros is not None
