@@ -22,6 +22,7 @@ from quantmill.runtime.engine_types import (
     Request,
     TokenEvent,
 )
+from quantmill.runtime.interface import Piece
 from quantmill.types import SamplingParams
 from toy_runtime import END, VOCAB, ToyRuntime, told
 
@@ -142,6 +143,55 @@ def test_a_prompt_is_computed_in_chunks_while_answers_go_on() -> None:
         events += engine.step()
     assert len(answer(events, "a")) == 11  # one token in each of the passes that the prompt took
     assert toy.passes[1:11] == [[1, 39]] * 10
+
+
+def test_prompts_can_be_cut_at_fixed_places_only() -> None:
+    """For back ends whose bits depend on a piece's length: alone or not, the same pieces."""
+    toy = ToyRuntime(200, max_tokens=300, max_pieces=6)
+    engine = Engine(toy, EngineConfig(cut=128, pass_seconds=1e-9))
+    begun: dict[int, list[int]] = {}
+    forward = toy.forward
+
+    def watched(pieces: Sequence[Piece]) -> np.ndarray:
+        for p in pieces:
+            if len(p.tokens) > 1:
+                begun.setdefault(p.start % 128, []).append(len(p.tokens))
+        return forward(pieces)
+
+    toy.forward = watched  # type: ignore[method-assign]
+    requests = [Request(f"{i}", prompt(100 + 97 * (i % 5), i % 7), with_seed(i)) for i in range(8)]
+    for request in requests:
+        engine.add(request)
+    events = run(engine)
+    for request in requests:
+        assert answer(events, request.id) == told(toy, request.prompt, request.params)
+    assert set(begun) == {0}
+    assert set(begun[0]) <= {128, *(len(r.prompt) % 128 for r in requests)}
+    again = Request("again", prompt(488, 4), with_seed(4))
+    engine.add(again)
+    events = run(engine)
+    assert answer(events, "again") == told(toy, again.prompt, again.params)
+    assert finish(events, "again").cached_tokens == 384  # 448 are there
+    assert nothing_held(engine)
+    little = Engine(ToyRuntime(12, max_tokens=300, max_pieces=6), EngineConfig(cut=128))
+    for request in requests:
+        little.add(request)
+    events = run(little)
+    for request in requests:
+        assert answer(events, request.id) == told(toy, request.prompt, request.params)
+
+
+def test_the_back_ends_name_says_whether_cuts_matter() -> None:
+    cuts = {}
+    for name in ("cpu int16", "cuda fp16", "reference cpu"):
+        toy = ToyRuntime(max_tokens=2048)
+        toy.facts = dataclasses.replace(toy.facts, name=name)
+        cuts[name] = Engine(toy).scheduler.cut
+    assert cuts == {"cpu int16": 0, "cuda fp16": 512, "reference cpu": 512}
+
+
+def with_seed(seed: int) -> SamplingParams:
+    return dataclasses.replace(WARM, seed=seed, max_new_tokens=12)
 
 
 def test_a_slow_prompt_leaves_room_for_answers() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quantmill.errors import BadRequest, QuantmillError
+from quantmill.runtime import sampling_torch
 from quantmill.runtime.sampling import (
     SamplerState,
     _kth_largest,
@@ -22,6 +23,10 @@ from quantmill.runtime.sampling import (
 )
 from quantmill.types import SamplingParams
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
 PLAIN = SamplingParams(temperature=1, top_p=1, top_k=0, repetition_penalty=1, seed=1)
 LOGITS = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], np.float32))
 
@@ -201,7 +206,8 @@ def variety(rng: np.random.Generator) -> SamplingParams:
 
 @pytest.mark.parametrize("vocab", [50, 1000, 5003])
 @pytest.mark.parametrize("rows", [1, 7, 40])
-def test_the_twins_draw_the_same(rows: int, vocab: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_twins_draw_the_same(rows: int, vocab: int, device: str) -> None:
     rng = np.random.default_rng(rows * vocab)
     params = [variety(rng) for _ in range(rows)]
     prompts = [rng.integers(0, vocab, 20).tolist() for _ in range(rows)]
@@ -211,16 +217,33 @@ def test_the_twins_draw_the_same(rows: int, vocab: int) -> None:
     for _ in range(12):
         logits = rng.normal(0, 2.5, (rows, vocab)).astype(np.float32)
         kept = logits.copy()
-        tensor = torch.from_numpy(logits.copy())
+        tensor = torch.from_numpy(logits.copy()).to(device)
         for a, b in zip(sample_rows(logits, ours, masks), sample_rows(tensor, theirs, masks), strict=True):
             same, total = same + (a.token == b.token), total + 1
             assert (a.logprob is None) == (b.logprob is None)
             assert [t for t, _ in a.top] == [t for t, _ in b.top]
             assert [p for _, p in a.top] == pytest.approx([p for _, p in b.top], abs=1e-4)
         assert np.array_equal(logits, kept)
-        assert np.array_equal(tensor.numpy(), kept)
+        assert np.array_equal(tensor.cpu().numpy(), kept)
     # A draw or a cut that falls between two roundings of float32 may differ, and so may what follows it.
     assert same >= total * 0.97, f"{same} of {total}"
+
+
+def test_a_device_that_draws_otherwise_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sampling_torch, "_min_p", lambda z, params: z.flip(1))
+    sampling_torch.trusted.cache_clear()
+    params = SamplingParams(seed=3)
+    logits = np.random.default_rng(3).normal(0, 3, (1, 500)).astype(np.float32)
+    (here,) = sample_rows(logits, [SamplerState(params)])
+    with caplog.at_level("WARNING"):
+        (there,) = sample_rows(torch.from_numpy(logits), [SamplerState(params)])
+    assert here == there
+    assert "differs from the processor's" in caplog.text
+    sampling_torch.trusted.cache_clear()
+    monkeypatch.undo()
+    assert sampling_torch.trusted(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])

@@ -35,6 +35,9 @@ from quantmill.runtime.interface import PAGE, Piece, Runtime
 from quantmill.runtime.pages import PagePool, pages_for
 from quantmill.runtime.sampling import Sampled, check_tokens, sample_rows, score
 
+CUT = 512  # tokens: enough for a matrix product at full speed
+BY_LENGTH = ("cuda", "reference")  # in the names of back ends whose bits depend on a piece's length
+
 
 class Engine:
     """One runtime, shared by all requests. Not for use from several threads at once: see engine_thread.py."""
@@ -43,7 +46,10 @@ class Engine:
         self.runtime, self.config = runtime, config or EngineConfig()
         self.facts = runtime.facts
         self.pool = PagePool(self.facts)
-        self.scheduler = Scheduler(self.facts, self.pool, self.config.max_running)
+        cut = self.config.cut
+        if cut is None:
+            cut = CUT if any(word in self.facts.name for word in BY_LENGTH) else 0
+        self.scheduler = Scheduler(self.facts, self.pool, self.config.max_running, cut)
         self._requests: dict[str, list[Sequence]] = {}
         self._order = 0
         self._seconds_per_token = 0.0  # of prompt chunks, a moving average

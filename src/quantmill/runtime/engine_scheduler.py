@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantmill.runtime.engine_sequence import Sequence
-from quantmill.runtime.interface import RuntimeFacts
+from quantmill.runtime.interface import PAGE, RuntimeFacts
 from quantmill.runtime.pages import PagePool, pages_for
 
 SCORED_CHUNK = 64  # tokens of a prompt that is scored: each has a row of logits as wide as the vocabulary
@@ -32,8 +32,12 @@ class Chunk:
 class Scheduler:
     """Lines of waiting sequences by client, and the running ones in the order of their coming."""
 
-    def __init__(self, facts: RuntimeFacts, pool: PagePool, max_running: int | None) -> None:
+    def __init__(
+        self, facts: RuntimeFacts, pool: PagePool, max_running: int | None = None, cut: int = 0
+    ) -> None:
+        """cut: prompts are cut at its multiples only; 0: anywhere."""
         self.facts, self.pool = facts, pool
+        self.cut = min(cut, facts.max_tokens // 2 // PAGE * PAGE)
         self.max_running = min(facts.max_pieces, facts.max_tokens, max_running or facts.max_pieces)
         self.lines: dict[str, deque[Sequence]] = {}
         self.running: list[Sequence] = []
@@ -72,7 +76,7 @@ class Scheduler:
         """The next pass. `prompt_budget`: tokens for prompts while answers wait for their next token."""
         chunks = self._answers()
         room = self.facts.max_tokens - len(chunks)
-        budget = min(room, prompt_budget) if chunks else room
+        budget = min(room, max(prompt_budget, self.cut)) if chunks else room
         self._admit(budget)
         planned = {chunk.sequence.order for chunk in chunks}
         prompts = [s for s in self.running if s.order not in planned]
@@ -122,7 +126,7 @@ class Scheduler:
             sequence = self._next()
             if sequence is None:
                 return
-            sequence.take_over(self.pool)
+            sequence.take_over(self.pool, self.cut // PAGE)
             needed = pages_for(sequence.left + 1)
             if self.facts.window is not None:
                 needed = min(needed, pages_for(self.facts.window) + 1)
@@ -157,6 +161,9 @@ class Scheduler:
             count = min(sequence.left, shares.get(sequence.order, budget), budget)
             if sequence.request.score_prompt is not None:
                 count = min(count, SCORED_CHUNK)
+            if self.cut:
+                whole = min(sequence.left, self.cut - sequence.computed % self.cut)
+                count = whole if whole <= budget else 0
             count = sequence.grow(count, self.pool) if count > 0 else 0
             if count > 0:
                 chunks.append(Chunk(sequence, count))

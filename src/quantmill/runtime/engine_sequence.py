@@ -56,13 +56,17 @@ class Sequence:
         leader = self.leader
         return leader is None or leader.finished or leader.computed >= leader.prompt_tokens
 
-    def take_over(self, pool: PagePool) -> None:
-        """Start from what the pool still knows of these tokens. The last one is always computed: its logits
-        are what is wanted."""
+    def take_over(self, pool: PagePool, step: int = 0) -> None:
+        """Start from what the pool still knows of these tokens, in steps of so many pages. The last token is
+        always computed: its logits are what is wanted."""
         if self.scoring or self.request.embed:
             return
         self.keys = page_keys(self.tokens[: len(self.tokens) - 1], self.keys)
-        self.pages = pool.match(self.keys)
+        self.pages = pool.match(self.keys[: len(self.keys) // step * step] if step else self.keys)
+        if step and len(self.pages) % step:
+            kept = len(self.pages) // step * step
+            pool.release(self.pages[kept:])
+            self.pages = self.pages[:kept]
         self.named = len(self.pages)
         self.computed = len(self.pages) * PAGE
         if not self.begun:

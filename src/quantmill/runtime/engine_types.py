@@ -44,6 +44,9 @@ class EngineConfig:
     max_running: int | None = None  # answers in one pass; None: as many as the runtime takes
     pass_seconds: float = 0.1  # what prompts may add to a pass while answers wait for their next token
     prefix_cache: bool = True
+    # Prompts are cut at multiples of this only (a multiple of PAGE), for back ends whose bits depend on a piece's
+    # length: so an answer does not depend on what else there is to do. 0: anywhere; None: as the back end needs.
+    cut: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,10 @@ class StopText:
         self.found: str | None = None
         self._held = ""
 
+    def over(self) -> bool:
+        """Whether a stop string was found."""
+        return self.found is not None
+
     def push(self, text: str) -> str:
         """What can be shown now."""
         if self.found is not None or not self.stops:
@@ -173,14 +177,14 @@ class Reply:
 
     def _token(self, event: TokenEvent, deltas: list[Delta]) -> None:
         line = self._lines[event.choice]
-        if line.stop.found is not None:  # drawn before the engine heard of the stop string
+        if line.stop.over():  # drawn before the engine heard of the stop string
             return
         line.count += 1
         line.tokens.append(event.sampled)
         text = line.stop.push(line.detokenizer.push(event.sampled.token))
         line.text.append(text)
         deltas.append(Delta(event.choice, text, (event.sampled,)))
-        if line.stop.found is not None:
+        if line.stop.over():
             self._stop_choice(event.choice)
 
     def _finish(self, event: FinishEvent, deltas: list[Delta]) -> None:
@@ -188,7 +192,7 @@ class Reply:
             raise QuantmillError(event.message)
         line = self._lines[event.choice]
         text = line.stop.push(line.detokenizer.flush()) + line.stop.flush()
-        stopped = line.stop.found is not None
+        stopped = line.stop.over()
         reason = Reason.STOP if stopped else event.reason
         count = line.count if stopped else event.completion_tokens
         line.ending = Ending(reason, count, event.cached_tokens, event.logprob, line.stop.found)

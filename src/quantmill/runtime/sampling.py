@@ -119,10 +119,19 @@ def sample_rows(
     logits: Any, states: Sequence[SamplerState], masks: Sequence[Mask | None] | None = None
 ) -> list[Sampled]:
     """`sample` for every row of (rows, vocab) logits: numpy here, torch tensors in sampling_torch.py."""
-    if not isinstance(logits, np.ndarray):
-        from quantmill.runtime.sampling_torch import sample_rows as sample_tensor
+    if isinstance(logits, np.ndarray):
+        return sample_on_processor(logits, states, masks)
+    from quantmill.runtime import sampling_torch
 
-        return sample_tensor(logits, states, masks)
+    if sampling_torch.trusted(logits.device):
+        return sampling_torch.sample_rows(logits, states, masks)
+    return sample_on_processor(logits.float().cpu().numpy(), states, masks)
+
+
+def sample_on_processor(
+    logits: Row, states: Sequence[SamplerState], masks: Sequence[Mask | None] | None = None
+) -> list[Sampled]:
+    """`sample` row by row."""
     masks = masks or [None] * len(states)
     return [sample(row, state, mask=mask) for row, state, mask in zip(logits, states, masks, strict=True)]
 

@@ -6,17 +6,21 @@ of a batch cannot decide a draw.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quantmill.runtime.sampling import Mask, Sampled, SamplerState, no_finite_logit
+from quantmill.runtime.sampling import Mask, Sampled, SamplerState, no_finite_logit, sample_on_processor
 from quantmill.types import SamplingParams
 
 _SPARE = 64  # values taken beyond the k-th: ties with it, which float16 heads have
 _NONE = float("-inf")
+log = logging.getLogger(__name__)
 
 
 def sample_rows(
@@ -39,6 +43,32 @@ def sample_rows(
     report = _report(_pick(logits, spoken), _pick(token, spoken), [states[i] for i in spoken])
     finite = torch.isfinite(best).long()
     return _taken(torch.stack([token, finite]).tolist(), states, dict(zip(spoken, report, strict=True)))
+
+
+@cache
+def trusted(device: torch.device) -> bool:
+    """Whether this device draws as the processor does, tried once with parameters of every kind.
+
+    Where it does not, or cannot, `sampling.sample_rows` brings the logits to the processor and says so.
+    """
+    rng = np.random.default_rng(1)
+    params = [SamplingParams(0.0, repetition_penalty=1.0, logprobs=2), SamplingParams(top_k=0, top_p=0.7)]
+    params += [SamplingParams(min_p=0.05, presence_penalty=0.5), SamplingParams(top_p=1.0, typical_p=0.8)]
+    params = [replace(p, seed=i, logit_bias={3: 1.0}) for i, p in enumerate(params)]
+    here, there = ([SamplerState(p, (1, 2, 3)) for p in params] for _ in range(2))
+    masks = [None, None, rng.random(999) < 0.9, None]
+    try:
+        for _ in range(4):
+            logits = rng.normal(0, 3, (len(params), 999)).astype(np.float32)
+            ours = sample_on_processor(logits, here, masks)
+            theirs = sample_rows(torch.from_numpy(logits).to(device), there, masks)
+            if [s.token for s in ours] != [s.token for s in theirs]:
+                log.warning("sampling on %s differs from the processor's, which is used instead", device)
+                return False
+    except RuntimeError as error:  # what torch raises for kernels that fail
+        log.warning("sampling on %s fails (%s); the processor's is used instead", device, error)
+        return False
+    return True
 
 
 def _taken(

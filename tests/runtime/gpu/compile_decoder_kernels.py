@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.kernels.attention import rows_kernel, tile_kernel
 from quantmill.runtime.gpu.kernels.dense import dense_kernel
-from quantmill.runtime.gpu.kernels.norms import norm_kernel, silu_kernel
+from quantmill.runtime.gpu.kernels.norms import norm_kernel, silu_kernel, start_kernel
 from quantmill.runtime.gpu.kernels.rotary import cache_kernel
 from quantmill.runtime.gpu.kernels.sampling import draw_kernel, peaks_kernel
 
@@ -35,6 +35,7 @@ FLOAT32 = (
     "sharpness",
     "top_ps",
     "uniforms",
+    "squares",
 )
 INTEGERS = (
     "positions",
@@ -48,10 +49,11 @@ INTEGERS = (
     "top_ks",
     "steps",
     "drawn",
+    "position",
 )
 HALVES = ("key_scales", "value_scales")
-ACTIVATIONS = ("qkv", "out", "x", "weight", "added", "gate_up")
-SCALARS = ("epsilon", "times", "scale")
+ACTIVATIONS = ("qkv", "out", "x", "weight", "added", "gate_up", "embedding", "after")
+SCALARS = ("epsilon", "times", "scale", "unscale")
 HEADS = {"H": 32, "KVH": 8, "D": 128, "BLOCK_D": 128, "PAGE": 64, "EPSILON": 1e-5, "HAS_NORM": False}
 
 
@@ -117,11 +119,22 @@ def main() -> None:
             "PDL": early,
         }
         report[f"norm {dtype}"] = compiled(norm_kernel, norm, capability, dtype, 8, 3)
+        start = {"HAS_POSITION": True, "BLOCK": 4096}
+        report[f"start {dtype}"] = compiled(start_kernel, start, capability, dtype, 8, 3)
         report[f"silu {dtype}"] = compiled(
             silu_kernel, {"BLOCK": 1024, "PDL": early}, capability, dtype, 4, 3
         )
         for bm, bn, warps, stages in ops.DENSE_SHAPES:
-            dense = {"HAS_BIAS": False, "BM": bm, "BN": bn, "BK": 64, "PDL": early}
+            dense = {
+                "EPSILON": 1e-5,
+                "COUNT": 256,
+                "COUNTS": 256,
+                "HAS_BIAS": False,
+                "BM": bm,
+                "BN": bn,
+                "BK": 64,
+                "PDL": early,
+            }
             report[f"dense {dtype} {bm}"] = compiled(dense_kernel, dense, capability, dtype, warps, stages)
     flags = {"BLOCK": 4096, "PDL": early}
     report["peaks"] = compiled(peaks_kernel, flags, capability, "fp16", 8, 3)

@@ -29,7 +29,7 @@ def wanted_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 def made(folder: Path, family: str, config: QuantConfig = FOUR, shuffled: bool = False, **sizes: object):
-    model = tiny_model(family, **{**FAMILIES[family], **sizes})
+    model = tiny_model(family, **{"num_hidden_layers": 1, **FAMILIES[family], **sizes})
     return write_quantized(folder, model, config, shuffled=shuffled)
 
 
@@ -57,13 +57,13 @@ def read(runtime: GpuRuntime, ids: list[int], prompt: int, first: int = 0) -> to
 
 @pytest.mark.parametrize("family", ["mistral", "llama", "qwen2", "qwen3"])
 def test_logits_are_those_of_transformers(family, tmp_path, device):
-    twin = made(tmp_path, family)
-    runtime, ids = opened(tmp_path, device), ids_of(37)
-    assert error(read(runtime, ids, 34), wanted_logits(twin, ids)) < 5e-3
+    twin = made(tmp_path, family, num_hidden_layers=2)
+    runtime, ids = opened(tmp_path, device), ids_of(20)
+    assert error(read(runtime, ids, 18), wanted_logits(twin, ids)) < 5e-3
     assert runtime.facts.window == (8 if family == "mistral" else None)
 
 
-@pytest.mark.parametrize("window", [8, 64, 100])
+@pytest.mark.parametrize("window", [64, 100])
 def test_prompts_longer_than_the_window(window, tmp_path, device):
     """Pages before the window are gone: -1."""
     twin = made(tmp_path, "mistral", sliding_window=window)
@@ -92,15 +92,15 @@ def test_prompts_longer_than_the_window(window, tmp_path, device):
 )
 def test_bits_groups_and_orders(config, shuffled, tmp_path, device):
     twin = made(tmp_path, "llama", config, shuffled)
-    ids = ids_of(24)
-    assert error(read(opened(tmp_path, device), ids, 22), wanted_logits(twin, ids)) < 5e-3
+    ids = ids_of(19)
+    assert error(read(opened(tmp_path, device), ids, 18), wanted_logits(twin, ids)) < 5e-3
 
 
 def test_linears_that_cannot_be_one(tmp_path, device):
     """The k projection is left dense, so queries, keys and values stay apart."""
-    twin = tiny_model("llama")
+    twin = tiny_model("llama", num_hidden_layers=1)
     write_quantized(tmp_path, twin, FOUR, skip=("k_proj",))
-    ids = ids_of(20)
+    ids = ids_of(18)
     assert error(read(opened(tmp_path, device), ids, 17), wanted_logits(twin, ids)) < 5e-3
 
 
@@ -108,7 +108,7 @@ def test_linears_that_cannot_be_one(tmp_path, device):
 def test_a_quantised_head_and_both_dtypes(dtype, tmp_path, device):
     if dtype == torch.bfloat16 and device.type != "cuda":
         pytest.skip("Triton's interpreter cannot multiply bfloat16")
-    twin = tiny_model("llama")
+    twin = tiny_model("llama", num_hidden_layers=1)
     write_quantized(tmp_path, twin, FOUR, head=True)
     ids = ids_of(20)
     runtime = opened(tmp_path, device, dtype=dtype)
@@ -119,26 +119,26 @@ def test_a_quantised_head_and_both_dtypes(dtype, tmp_path, device):
 
 def test_an_eight_bit_cache(tmp_path, device):
     twin = made(tmp_path, "llama")
-    runtime, ids = opened(tmp_path, device, kv_dtype="fp8"), ids_of(70)
-    assert error(read(runtime, ids, 67), wanted_logits(twin, ids)) < 4e-2
-    assert runtime.facts.bytes_per_page == 2 * 2 * PAGE * 2 * (16 + 2)
+    runtime, ids = opened(tmp_path, device, kv_dtype="fp8"), ids_of(67)
+    assert error(read(runtime, ids, 66), wanted_logits(twin, ids)) < 4e-2
+    assert runtime.facts.bytes_per_page == 2 * PAGE * 2 * (16 + 2)
 
 
 def test_a_rows_bits_do_not_depend_on_the_batch(tmp_path, device):
     """Prompts, single tokens and several tokens of one sequence, alone and together."""
     made(tmp_path, "llama")
     runtime = opened(tmp_path, device)
-    texts = [ids_of(n, seed=n) for n in (30, 3, 20, 9)]
+    texts = [ids_of(n, seed=n) for n in (20, 3, 18, 5)]
     pieces = [Piece(t, 0, pages(4 * i, 64), every=i == 1) for i, t in enumerate(texts)]
     together = runtime.forward(pieces).clone()
     alone = torch.cat([runtime.forward([p]).clone() for p in pieces])
     assert torch.equal(together, alone)
     follow = [Piece([5 + i], len(t), pages(4 * i, 64)) for i, t in enumerate(texts)]
-    follow[2] = Piece([7, 8, 9], 20, pages(8, 64), every=True)
+    follow[2] = Piece([7, 8], 18, pages(8, 64), every=True)
     together = runtime.forward(follow).clone()
     assert torch.equal(together, torch.cat([runtime.forward([p]).clone() for p in follow]))
-    single = [runtime.forward([Piece([t], 20 + i, pages(8, 64))])[0].clone() for i, t in enumerate((7, 8, 9))]
-    assert torch.equal(torch.stack(single), together[2:5])
+    single = [runtime.forward([Piece([t], 18 + i, pages(8, 64))])[0].clone() for i, t in enumerate((7, 8))]
+    assert torch.equal(torch.stack(single), together[2:4])
 
 
 def test_hidden_states(tmp_path, device):
@@ -153,7 +153,7 @@ def test_hidden_states(tmp_path, device):
 
 def test_products_beyond_fp16(tmp_path, device):
     """Gates and ups of some thousands: their product does not fit fp16, the logits are right."""
-    twin = tiny_model("llama")
+    twin = tiny_model("llama", num_hidden_layers=1)
     for layer in twin.model.layers:
         layer.post_attention_layernorm.weight.data *= 900
         layer.mlp.down_proj.weight.data /= 900
@@ -188,9 +188,9 @@ def test_refusals(tmp_path, device):
 
 
 def test_long_prompts_pass_in_parts(tmp_path, device, monkeypatch):
-    monkeypatch.setattr(gpu, "AT_ONCE", 20)
+    monkeypatch.setattr(gpu, "AT_ONCE", 18)
     twin = made(tmp_path, "llama")
-    ids = ids_of(50)
+    ids = ids_of(36)
     logits = opened(tmp_path, device).forward([Piece(ids, 0, (2,), every=True)])
     assert error(logits, wanted_logits(twin, ids)) < 5e-3
 
@@ -207,14 +207,14 @@ def test_many_rows(shuffled, tmp_path, device, monkeypatch):
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_fused_steps(shuffled, tmp_path, device, monkeypatch):
+def test_fused_steps(shuffled, tmp_path, device):
     """Norms, residuals and gates at the linears' ends, beside kernels between them and beside Transformers."""
-    from quantmill.runtime.gpu import fused, steps
+    from quantmill.runtime.gpu import fused
 
     order = ActOrder.GROUPED if shuffled else ActOrder.STATIC
     config = QuantConfig(bits=4, group_size=32, act_order=order)
     twin = made(tmp_path, "qwen2", config, shuffled, intermediate_size=128)
-    runtime, ids = opened(tmp_path, device), ids_of(30)
+    runtime, ids = opened(tmp_path, device, fused=True), ids_of(30)
     if not fused.can_fuse(runtime.model):
         pytest.skip("the linears' ends run on a GPU only")
     wanted = wanted_logits(twin, ids)
@@ -223,7 +223,7 @@ def test_fused_steps(shuffled, tmp_path, device, monkeypatch):
     assert (
         error(torch.from_numpy(runtime.hidden([Piece(ids[:3], 0, (3,))])), runtime_states(twin, ids)) < 5e-3
     )
-    monkeypatch.setattr(steps, "FUSED_ROWS", 0)
+    assert runtime.model.fused
     plain = read(opened(tmp_path, device), ids, 20)
     assert error(plain, mine) < 3e-3
     assert not torch.equal(plain[20:], mine[20:]), "these are two ways"

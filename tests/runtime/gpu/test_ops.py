@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from quantmill.runtime.gpu import ops, twins
+from quantmill.runtime.gpu import ops, tensors, twins
 from quantmill.runtime.interface import PAGE
 
 CONTEXT = 1600
@@ -25,13 +25,15 @@ def random(
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
 
 
-def make_heads(device, count=4, kv=2, size=16, window=0, norms=False) -> ops.Heads:
+def make_heads(device, count=4, kv=2, size=16, window=0, norms=False) -> tensors.Heads:
     angles = torch.arange(CONTEXT)[:, None] * 1e-2 ** (torch.arange(size // 2) / size * 2)
     gains = (random(size, device=device, dtype=torch.float32) if norms else None,) * 2
-    return ops.Heads(count, kv, size, 1e-5, angles.cos().to(device), angles.sin().to(device), *gains, window)
+    return tensors.Heads(
+        count, kv, size, 1e-5, angles.cos().to(device), angles.sin().to(device), *gains, window
+    )
 
 
-def make_cache(heads: ops.Heads, pages: int, device, fp8: bool = False) -> ops.LayerCache:
+def make_cache(heads: tensors.Heads, pages: int, device, fp8: bool = False) -> tensors.LayerCache:
     """Full of numbers, those of places that nobody has written NaN."""
     shape = (pages, heads.kv, PAGE, heads.size)
     if fp8:
@@ -43,21 +45,21 @@ def make_cache(heads: ops.Heads, pages: int, device, fp8: bool = False) -> ops.L
             .clamp(-448, 448)
             .to(torch.float8_e4m3fn)
         )
-        return ops.LayerCache(*eight.view(torch.uint8), *scales.half().to(device))
-    return ops.LayerCache(*random(2, *shape, device=device), None, None)
+        return tensors.LayerCache(*eight.view(torch.uint8), *scales.half().to(device))
+    return tensors.LayerCache(*random(2, *shape, device=device), None, None)
 
 
-def make_rows(positions: list[int], sequences: list[int], device) -> ops.Rows:
+def make_rows(positions: list[int], sequences: list[int], device) -> tensors.Rows:
     """Every sequence has pages of its own, scattered."""
     most = CONTEXT // PAGE
     count = max(sequences) + 1
     pages = torch.randperm(count * most, generator=torch.Generator().manual_seed(5)).view(count, most)
     numbers = (torch.tensor(x, dtype=torch.int32, device=device) for x in (positions, positions, sequences))
-    return ops.Rows(*numbers, pages.int().to(device))
+    return tensors.Rows(*numbers, pages.int().to(device))
 
 
-def copied(cache: ops.LayerCache) -> ops.LayerCache:
-    return ops.LayerCache(*(None if t is None else t.clone() for t in dataclasses.astuple(cache)))
+def copied(cache: tensors.LayerCache) -> tensors.LayerCache:
+    return tensors.LayerCache(*(None if t is None else t.clone() for t in dataclasses.astuple(cache)))
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -140,7 +142,7 @@ def test_attend_rows(device, count, kv, size, window, fp8, norms, writes):
     rows = make_rows(positions, list(range(len(positions))), device)
     qkv = random(len(positions), heads.width, device=device)
     start = make_cache(heads, len(positions) * CONTEXT // PAGE, device, fp8)
-    scratch, found = ops.Scratch.of(len(positions), heads, device), []
+    scratch, found = ops.make_scratch(len(positions), heads, device), []
     for module in (ops, twins):
         cache, out = (
             copied(start),
@@ -157,11 +159,11 @@ def test_a_rows_bits_do_not_depend_on_the_others(device):
     rows = make_rows([700, 20, 300], [0, 1, 2], device)
     qkv, cache = random(3, heads.width, device=device), make_cache(heads, 3 * CONTEXT // PAGE, device)
     together = torch.zeros(3, 64, dtype=torch.float16, device=device)
-    scratch = ops.Scratch.of(3, heads, device)
+    scratch = ops.make_scratch(3, heads, device)
     ops.attend_rows(qkv, heads, cache, rows, scratch, None, together, writes=True)
     for i in range(3):
         alone, one = torch.zeros(1, 64, dtype=torch.float16, device=device), slice(i, i + 1)
-        row = ops.Rows(rows.tokens[one], rows.positions[one], rows.sequences[one], rows.pages)
+        row = tensors.Rows(rows.tokens[one], rows.positions[one], rows.sequences[one], rows.pages)
         ops.attend_rows(qkv[one].clone(), heads, cache, row, scratch, None, alone, writes=True)
         assert torch.equal(alone[0], together[i])
 
@@ -189,7 +191,7 @@ def test_attend_tiles(device, window, fp8, ordered):
 def test_start_and_a_norm_behind_it(device, ordered):
     """What `start` leaves and `dense` makes of it is the norm and the product."""
     embedding, weight = random(50, 96, device=device), random(70, 96, device=device, seed=1)
-    norm = ops.Gains(random(96, device=device, dtype=torch.float32, seed=2), 1e-5, 1 / 16)
+    norm = tensors.Gains(random(96, device=device, dtype=torch.float32, seed=2), 1e-5, 1 / 16)
     tokens = torch.tensor([3, 49, 0], dtype=torch.int32, device=device)
     position = torch.randperm(96, device=device, dtype=torch.int32) if ordered else None
     found = []
@@ -239,11 +241,11 @@ def test_draw(device, vocab, held, monkeypatch):
     logits[8:12, 100:104] = logits[8:12].topk(7).values[:, -1:]  # whole ties stay in
     found = []
     for module in (ops, twins):
-        draws, count = ops.Draws.of(len(rows_of) + 2, device), len(rows_of)
+        draws, count = ops.make_draws(len(rows_of) + 2, device), len(rows_of)
         positions = torch.arange(count, dtype=torch.int32, device=device)
         positions[-1] = -1
         zeros = torch.zeros(count, dtype=torch.int32, device=device)
-        rows = ops.Rows(zeros, positions, zeros, zeros.view(1, -1))
+        rows = tensors.Rows(zeros, positions, zeros, zeros.view(1, -1))
         for i, (sharp, k, p, u) in enumerate(rows_of):
             draws.sharpness[i], draws.top_ks[i], draws.top_ps[i] = sharp, k, p
             draws.uniforms[i % ops.RING, i], draws.steps[i] = u, i

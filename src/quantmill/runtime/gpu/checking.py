@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from quantmill.runtime.gpu.fused import can_fuse, with_gains
-from quantmill.runtime.gpu.layers import Model, RowsAttention, Way, final_states
-from quantmill.runtime.gpu.ops import Rows, Scratch
+from quantmill.runtime.gpu import ops
+from quantmill.runtime.gpu.fused import can_fuse, fused_logits, fused_states, with_gains
+from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, Way, final_states, logits_of
 from quantmill.runtime.gpu.projection import Projection
 from quantmill.runtime.gpu.selftest import Probe, compare
+from quantmill.runtime.gpu.tensors import Rows
 from quantmill.runtime.gpu.weights import Block
 
 GATE_UP = 2  # of a block's projections
+log = logging.getLogger(__name__)
+
+FUSED_TOLERANCE = 0.02  # of the logits' norm
 TOKENS = 16  # as many rows as the smallest tile of a product takes
 
 
@@ -22,7 +28,7 @@ def check_model(model: Model) -> list[float]:
 
     Raises QuantmillError naming a module, of those that have a probe, whose kernels are off.
     """
-    weights, device = model.weights, model.weights.embedding.device
+    weights = model.weights
     probes = dict(weights.probes)
     weights.probes.clear()
     compared = {
@@ -30,11 +36,7 @@ def check_model(model: Model) -> list[float]:
         for block in weights.blocks
         for i, projection in enumerate(block.projections)
     }
-    vocab = weights.embedding.shape[0]
-    tokens = torch.from_numpy(np.linspace(0, vocab - 1, TOKENS).astype(np.int32)).to(device)
-    positions = torch.arange(TOKENS, dtype=torch.int32, device=device)
-    first_page = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    rows = Rows(tokens, positions, torch.zeros_like(positions), first_page)
+    rows = _few_tokens(model)
 
     def product(projection: Projection, x: Tensor) -> Tensor:
         few = projection.few(x)
@@ -45,17 +47,58 @@ def check_model(model: Model) -> list[float]:
             compare(*found, own, projection.many(x), "many rows")
         return few
 
-    attention = RowsAttention(rows, Scratch.of(TOKENS, model.heads[0], device), alone=False)
+    attention = RowsAttention(
+        rows, ops.make_scratch(TOKENS, model.heads[0], weights.embedding.device), alone=False
+    )
     way = Way(product, lambda projection, x: [(slice(None), product(projection, x))])
     seen: list[Tensor] = []
-    final_states(model, tokens, way, attention, lambda x: seen.append(x.square().mean(1).sqrt().median()))
+    final_states(
+        model, rows.tokens, way, attention, lambda x: seen.append(x.square().mean(1).sqrt().median())
+    )
     return [float(size) for size in torch.stack(seen)]
 
 
-def prepared(model: Model) -> Model:
-    """The model once it has been checked, with what its steps need where they can be fused."""
+def prepared(model: Model, fused: bool) -> Model:
+    """The model once its linears have been checked; with what fused steps need, if they are asked for and right."""
     sizes = check_model(model)
-    return with_gains(model, sizes) if can_fuse(model) else model
+    if not fused or not can_fuse(model):
+        return model
+    ready = with_gains(model, sizes)
+    error = _fused_error(ready)
+    if error < FUSED_TOLERANCE:
+        return ready
+    log.warning(
+        "fused steps are off by %.2g on this GPU, so kernels run between the linears: report it", error
+    )
+    return model
+
+
+def _fused_error(model: Model) -> float:
+    """Relative difference of the logits of a few tokens, with kernels between the linears and without."""
+    from triton.errors import TritonError
+
+    rows, scratch = (
+        _few_tokens(model),
+        ops.make_scratch(TOKENS, model.heads[0], model.weights.embedding.device),
+    )
+    attention = RowsAttention(rows, scratch, alone=False)
+    wanted = logits_of(model, final_states(model, rows.tokens, FEW_ROWS, attention))
+    try:
+        found = fused_logits(model, *fused_states(model, rows.tokens, attention))
+    except TritonError as error:
+        log.warning("fused steps do not compile here: %s", error)
+        return float("inf")
+    off = float((found - wanted).norm() / wanted.norm())
+    return off if off == off else float("inf")
+
+
+def _few_tokens(model: Model) -> Rows:
+    """TOKENS ids from all over the vocabulary as one text, in the cache's first page."""
+    device = model.weights.embedding.device
+    tokens = np.linspace(0, model.weights.embedding.shape[0] - 1, TOKENS).astype(np.int32)
+    positions = torch.arange(TOKENS, dtype=torch.int32, device=device)
+    first_page = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    return Rows(torch.from_numpy(tokens).to(device), positions, torch.zeros_like(positions), first_page)
 
 
 def _compared(block: Block, which: int, probes: dict[str, Probe]) -> tuple[list[Probe], list[Tensor]]:

@@ -19,10 +19,12 @@ from quantmill.runtime.cpu.settings import Settings, read_settings
 from quantmill.runtime.gpu.checking import prepared
 from quantmill.runtime.gpu.layers import FEW_ROWS, MANY_ROWS, Model, TilesAttention, final_states, logits_of
 from quantmill.runtime.gpu.memory import DTYPES, cache_bytes, make_caches, pages_for
-from quantmill.runtime.gpu.ops import Heads, Rows, tile_rows
+from quantmill.runtime.gpu.ops import tile_rows
 from quantmill.runtime.gpu.projection import FEW
 from quantmill.runtime.gpu.steps import MOST_ROWS, Steps
 from quantmill.runtime.gpu.stream import stream
+from quantmill.runtime.gpu.tensors import Heads, Rows
+from quantmill.runtime.gpu.trial import try_kernels
 from quantmill.runtime.gpu.weights import Weights, read_weights
 from quantmill.runtime.interface import PAGE, Floats, Piece, RuntimeFacts
 from quantmill.runtime.sampling import SamplerState
@@ -53,13 +55,16 @@ class GpuRuntime:
         kv_dtype: str = "fp16",
         context: int | None = None,
         selftest: bool = True,
+        fused: bool = False,
     ) -> GpuRuntime:
         """Open a model folder on a GPU.
 
         dtype: of activations, float16 or bfloat16; None: what config.json says. kv_tokens: positions the cache
         holds, all sequences together; None: four contexts, or what fits. kv_dtype: "fp16" (as the
         activations) or "fp8". context: positions of a sequence; None: the model's, at most 32768. selftest:
-        compare every module with the reference first. Raises BadCheckpoint, UnsupportedModel, BadRequest.
+        compare every kernel with its twin and every module with the reference first. fused: decode up to 16
+        rows with five kernels a layer, where they agree with the others (docs/gpu.md). Raises BadCheckpoint,
+        UnsupportedModel, BadRequest.
         """
         checkpoint = open_checkpoint(Path(folder))
         settings = read_settings(checkpoint.config)
@@ -74,7 +79,9 @@ class GpuRuntime:
             pages = pages_for(settings, length, kv_tokens, kv_dtype, dtype, place)
             caches = make_caches(settings, pages, kv_dtype, dtype, place)
             model = Model(weights, heads, caches, settings.epsilon, dtype)
-            model = prepared(model)
+            if selftest and place.type == "cuda":
+                try_kernels(heads[0], dtype, kv_dtype == "fp8")
+            model = prepared(model, fused)
             facts = _facts(checkpoint, settings, weights, length, pages, cache_bytes(caches) // pages, dtype)
             return cls(model, facts)
 

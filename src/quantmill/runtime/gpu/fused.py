@@ -17,8 +17,8 @@ from torch import Tensor
 
 from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.layers import Attention, Model
-from quantmill.runtime.gpu.ops import Gains
 from quantmill.runtime.gpu.projection import Projection
+from quantmill.runtime.gpu.tensors import Gains
 
 TYPICAL = 2.0**-6  # of what a linear reads, before its norm
 COLUMNS = 16  # of the residual that one sum of squares is of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from quantmill.runtime.gpu import ops
-from quantmill.runtime.gpu.ops import Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.gpu.projection import Projection
+from quantmill.runtime.gpu.tensors import Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.gpu.weights import Weights
 
 CHUNK = 512  # rows of gates and ups at a time: they are in the L2 cache still when they are multiplied

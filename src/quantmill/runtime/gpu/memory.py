@@ -8,7 +8,7 @@ import torch
 
 from quantmill.errors import BadRequest
 from quantmill.runtime.cpu.settings import Settings
-from quantmill.runtime.gpu.ops import LayerCache
+from quantmill.runtime.gpu.tensors import LayerCache
 from quantmill.runtime.interface import PAGE
 
 DTYPES = (torch.float16, torch.bfloat16)

@@ -5,13 +5,12 @@ Outputs and scratch are given by the caller, so that a CUDA graph can hold the c
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from quantmill.kernels.triton.tuning import shared_memory
+from quantmill.runtime.gpu.launching import launch, power_of_two, starts_early
+from quantmill.runtime.gpu.tensors import Draws, Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.interface import PAGE
 
 PARTS = 16  # into which a row's text is cut at most
@@ -28,102 +27,26 @@ CHUNK = 4096  # logits of one program that looks for the highest
 TILE = 64  # queries of one program of the tile kernel
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """What attention has to know of a layer's heads."""
-
-    count: int
-    kv: int
-    size: int
-    epsilon: float
-    cosines: Tensor  # (context, size / 2) float32
-    sines: Tensor
-    query_norm: Tensor | None  # (size,) float32
-    key_norm: Tensor | None
-    window: int  # positions that a row sees, its own counted; 0: all
-
-    @property
-    def group(self) -> int:
-        return self.count // self.kv
-
-    @property
-    def width(self) -> int:
-        """Elements of queries, keys and values of one row."""
-        return (self.count + 2 * self.kv) * self.size
-
-    @property
-    def reach(self) -> int:
-        return self.window or 1 << 30
+def make_draws(rows: int, device: torch.device) -> Draws:
+    """Greedy, nothing drawn yet."""
+    return Draws(
+        torch.zeros(rows, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.ones(rows, device=device),
+        torch.zeros(RING, rows, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros(RING, rows, dtype=torch.int32, device=device),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Gains:
-    """A norm whose gains go into x before it is known: x = residual * gain * scale."""
-
-    gain: Tensor  # (K,) float32
-    epsilon: float
-    scale: float  # a power of two that keeps x within fp16
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """One layer's pages. In eight bits every key and value has a scale of its own."""
-
-    keys: Tensor  # (pages, kv, PAGE, size) as the activations, or uint8 (float8 e4m3)
-    values: Tensor
-    key_scales: Tensor | None  # (pages, kv, PAGE) float16
-    value_scales: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a pass: new tokens, wherever they belong."""
-
-    tokens: Tensor  # (rows,) int32
-    positions: Tensor  # (rows,) int32; below 0: no token, the row is filler
-    sequences: Tensor  # (rows,) int32: the row's line in `pages`
-    pages: Tensor  # (sequences, most pages) int32
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """How the rows of a self-feeding step draw their tokens, and what they drew. All of one width."""
-
-    sharpness: Tensor  # (rows,) float32: 1 / temperature; 0: greedy
-    top_ks: Tensor  # (rows,) int32; at least the vocabulary: off
-    top_ps: Tensor  # (rows,) float32; 1: off
-    uniforms: Tensor  # (RING, rows) float32: the random number of draw i is in line i % RING
-    steps: Tensor  # (rows,) int32: tokens drawn so far
-    drawn: Tensor  # (RING, rows) int32: token i in line i % RING
-
-    @classmethod
-    def of(cls, rows: int, device: torch.device) -> Draws:
-        return cls(
-            torch.zeros(rows, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            torch.ones(rows, device=device),
-            torch.zeros(RING, rows, device=device),
-            torch.zeros(rows, dtype=torch.int32, device=device),
-            torch.zeros(RING, rows, dtype=torch.int32, device=device),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Scratch:
-    """Where the parts of a row's text are added up."""
-
-    sums: Tensor  # (rows, kv, PARTS, group, size) float32
-    tops: Tensor  # (rows, kv, PARTS, group, 2) float32
-    arrived: Tensor  # (rows, kv) int32 zeros
-
-    @classmethod
-    def of(cls, rows: int, heads: Heads, device: torch.device) -> Scratch:
-        shape = (rows, heads.kv, PARTS, heads.group)
-        return cls(
-            torch.zeros(*shape, heads.size, device=device),
-            torch.zeros(*shape, 2, device=device),
-            torch.zeros(rows, heads.kv, dtype=torch.int32, device=device),
-        )
+def make_scratch(rows: int, heads: Heads, device: torch.device) -> Scratch:
+    """For passes of at most so many rows."""
+    shape = (rows, heads.kv, PARTS, heads.group)
+    return Scratch(
+        torch.zeros(*shape, heads.size, device=device),
+        torch.zeros(*shape, 2, device=device),
+        torch.zeros(rows, heads.kv, dtype=torch.int32, device=device),
+    )
 
 
 def embed_normed(
@@ -167,7 +90,7 @@ def _norm(
 
     rows, k = residual.shape
     places = out.shape[1]
-    early = tokens is None and _early(
+    early = tokens is None and starts_early(
         out.device
     )  # the first kernel of a step waits for what is before the step
     norm_kernel[(rows,)](
@@ -188,7 +111,7 @@ def _norm(
         BLOCK_OUT=power_of_two(places),
         PDL=early,
         num_warps=8 if k > 2048 else 4,
-        **_launch(early),
+        **launch(early),
     )
 
 
@@ -229,9 +152,9 @@ def gated(gate_up: Tensor, span: int, scale: float, out: Tensor) -> None:
 
     rows, n = out.shape
     block = min(1024, power_of_two(n))
-    early = _early(out.device)
+    early = starts_early(out.device)
     silu_kernel[(rows, -(-n // block))](
-        gate_up, out, n, span, scale, BLOCK=block, PDL=early, num_warps=4, **_launch(early)
+        gate_up, out, n, span, scale, BLOCK=block, PDL=early, num_warps=4, **launch(early)
     )
 
 
@@ -239,7 +162,7 @@ def write_cache(qkv: Tensor, heads: Heads, cache: LayerCache, rows: Rows) -> Non
     """Keys (turned to their positions) and values of every row into their pages."""
     from quantmill.runtime.gpu.kernels.rotary import cache_kernel
 
-    early = _early(qkv.device)
+    early = starts_early(qkv.device)
     number = rows.positions.shape[0]
     block = 16 if number >= 256 else 1
     cache_kernel[(-(-number // block), heads.kv)](
@@ -264,7 +187,7 @@ def write_cache(qkv: Tensor, heads: Heads, cache: LayerCache, rows: Rows) -> Non
         BLOCK=block,
         PDL=early,
         num_warps=1 if block == 1 else 4,
-        **_launch(early),
+        **launch(early),
     )
 
 
@@ -287,7 +210,7 @@ def attend_rows(
     from quantmill.runtime.gpu.kernels.attention import rows_kernel
 
     number = rows.positions.shape[0]
-    early = _early(qkv.device)
+    early = starts_early(qkv.device)
     rows_kernel[(number, heads.kv, PARTS)](
         qkv,
         qkv if heads.query_norm is None else heads.query_norm,
@@ -325,7 +248,7 @@ def attend_rows(
         PDL=early,
         num_warps=ROW_SHAPE[0],
         num_stages=ROW_SHAPE[1],
-        **_launch(early),
+        **launch(early),
     )
 
 
@@ -396,7 +319,7 @@ def dense(
     bm, bn, warps, stages = next(
         shape for shape in DENSE_SHAPES if m <= shape[0] or shape is DENSE_SHAPES[-1]
     )
-    early = _early(x.device)
+    early = starts_early(x.device)
     dense_kernel[(-(-m // bm), -(-n // bn))](
         x,
         weight,
@@ -417,7 +340,7 @@ def dense(
         PDL=early,
         num_warps=warps,
         num_stages=stages,
-        **_launch(early),
+        **launch(early),
     )
 
 
@@ -429,9 +352,9 @@ def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
     chunks, whole = -(-vocab // CHUNK), vocab <= HELD
     tops = logits.new_empty(number, chunks)
     places = torch.empty(number, chunks, dtype=torch.int32, device=logits.device)
-    early = _early(logits.device)
+    early = starts_early(logits.device)
     peaks_kernel[(number, chunks)](
-        logits, tops, places, vocab, BLOCK=CHUNK, PDL=early, num_warps=8, **_launch(early)
+        logits, tops, places, vocab, BLOCK=CHUNK, PDL=early, num_warps=8, **launch(early)
     )
     draw_kernel[(number,)](
         logits,
@@ -454,7 +377,7 @@ def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
         WHOLE=whole,
         PDL=early,
         num_warps=32 if whole else 16,
-        **_launch(early),
+        **launch(early),
     )
 
 
@@ -473,19 +396,3 @@ def _cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]
     key_scales = none if cache.key_scales is None else cache.key_scales
     value_scales = none if cache.value_scales is None else cache.value_scales
     return cache.keys, cache.values, key_scales, value_scales
-
-
-def power_of_two(n: int) -> int:
-    """The least that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
-def _launch(early: bool) -> dict[str, bool]:
-    """Options of a launch that may begin while the kernel before it runs."""
-    return {"launch_pdl": True} if early else {}
-
-
-def _early(device: torch.device) -> bool:
-    from quantmill.kernels.triton.linear import can_start_early
-
-    return can_start_early(device) and os.environ.get("TRITON_INTERPRET", "0") != "1"

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.fused import fused_logits, fused_states, normed
 from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, final_states, logits_of
-from quantmill.runtime.gpu.ops import Draws, Rows, Scratch
+from quantmill.runtime.gpu.tensors import Rows
 from quantmill.runtime.interface import Piece
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -85,8 +85,8 @@ class Steps:
         self._model = model
         device = model.weights.embedding.device
         self.inputs = Inputs(lines, device)
-        self._scratch = Scratch.of(MOST_ROWS, model.heads[0], device)
-        self.draws = Draws.of(MOST_ROWS, device)
+        self._scratch = ops.make_scratch(MOST_ROWS, model.heads[0], device)
+        self.draws = ops.make_draws(MOST_ROWS, device)
         self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 

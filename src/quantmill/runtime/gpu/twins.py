@@ -1,11 +1,14 @@
-"""The slow twins of ops.py in plain torch, on any device, with the same arguments. For tests alone."""
+"""The slow twins of ops.py in plain torch, on any device, with the same arguments.
+
+Tests and the trial at load compare with them (trial.py).
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from quantmill.runtime.gpu.ops import Draws, Gains, Heads, LayerCache, Rows, Scratch
+from quantmill.runtime.gpu.tensors import Draws, Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.interface import PAGE
 
 
