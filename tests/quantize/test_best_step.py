@@ -15,8 +15,9 @@ from quantmill.architectures import ARCHITECTURES
 from quantmill.checkpoint import open_checkpoint
 from quantmill.errors import BadRequest
 from quantmill.hub.variants import parse_variant
-from quantmill.quantize import best_step, calibration, pipeline
+from quantmill.quantize import best_step, calibration, pipeline, tuning
 from quantmill.quantize.best_step import lane_rows
+from quantmill.quantize.block_tuning import TunedBlock
 from quantmill.quantize.job import BlockFinished, Job
 from quantmill.quantize.presets import Schedule, recipe_of, refuse_unknown
 from quantmill.types import CalibrationSet, QuantConfig, Variant
@@ -26,7 +27,7 @@ from tiny_models import byte_level_tokenizer, tiny_model
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in a few steps; its real schedules are presets'."""
-    few = dict.fromkeys((2, 3, 4), Schedule(steps=6, rate=3e-3, norm_rate=3e-3))
+    few = dict.fromkeys((2, 3, 4), Schedule(steps=3, rate=1e-2, norm_rate=1e-2))
     monkeypatch.setattr(best_step, "TUNE", few)
     monkeypatch.setattr(best_step, "DISTILL", few)
 
@@ -58,16 +59,28 @@ def test_every_family_gets_choices_in_its_report(model_type: str, tmp_path: Path
     assert len(checkpoint.quantized_modules()) == len(known["modules"])
 
 
-def test_tuning_and_distillation_change_scales_and_norms_but_no_codes(tmp_path: Path) -> None:
+def test_what_distillation_changes_is_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = source(tmp_path / "src")
     [plain] = pipeline.quantize(job(folder, tmp_path / "plain"), lambda _: None)
+    real = best_step.distill
+
+    def doubled(*arguments, **options) -> TunedBlock:
+        done = real(*arguments, **options)
+        linears = {n: dataclasses.replace(q, scales=q.scales * 2) for n, q in done.linears.items()}
+        return TunedBlock(linears, {n: w * 0.5 for n, w in done.norms.items()}, done.tuned)
+
+    monkeypatch.setattr(best_step, "distill", doubled)
+    monkeypatch.setattr(tuning, "LOOK", 100)
+    none = dict.fromkeys((2, 3, 4), Schedule(steps=0, rate=0.0, norm_rate=0.0))
+    monkeypatch.setattr(best_step, "DISTILL", none)
     [trained] = pipeline.quantize(job(folder, tmp_path / "trained", distill=True), lambda _: None)
     a, b = weights(plain.folder), weights(trained.folder)
     assert a.keys() == b.keys()
     for name in a:
-        same = torch.equal(a[name], b[name])
-        assert same or name.endswith((".scales", "norm.weight")), name
-    assert any(not torch.equal(a[n], b[n]) for n in a if n.endswith(".scales"))
+        factor = 2.0 if name.endswith(".scales") else 0.5 if name.endswith("norm.weight") else 1
+        assert torch.equal(a[name] * factor, b[name]), name
     report = json.loads((trained.folder / "quantize_report.json").read_text())
     assert all("distilled" in m["choice"] for m in report["modules"])
 

@@ -1,11 +1,12 @@
 """What calibration multiplies in: 16-bit factors where a device is fastest with them, sums always in float32.
 
 Residuals, norms, rotations and activation functions stay float32; only what goes into a matrix product is
-rounded. `benchmarks/gpu_quantize.py --precision` measures what that costs in KL.
+rounded. `benchmarks/gpu_precision.py` measures what that costs in KL.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +17,9 @@ SLAB = {"cpu": 192, "cuda": 2048}  # columns at a time of a symmetric product
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
-    """The type of a product's factors: float16 on a GPU, bfloat16 on a CPU that has it, else float32."""
+    """The type of a product's factors: bfloat16 on a GPU, and on a CPU that has it, else float32."""
     if device.type == "cuda":
-        return torch.float16
+        return torch.bfloat16
     from llvmlite.binding import get_host_cpu_features
 
     return torch.bfloat16 if get_host_cpu_features().get("avx512bf16") else torch.float32
@@ -48,10 +49,26 @@ def precise_product(x: Tensor, h: Tensor) -> Tensor:
     """
     if x.device.type != "cuda":
         return x @ h
+    if not _halves_work(x.device):
+        return x @ h
     x_high, x_low = halves(x)
     h_high, h_low = halves(h)
+    return _product_of_halves(x_high, x_low, h_high, h_low)
+
+
+def _product_of_halves(x_high: Tensor, x_low: Tensor, h_high: Tensor, h_low: Tensor) -> Tensor:
     with tensor_cores():
         return (x_low @ h_high).addmm_(x_high, h_low).addmm_(x_high, h_high)
+
+
+@functools.cache
+def _halves_work(device: torch.device) -> bool:
+    """Whether this GPU's products of halves are as good as they should be: tried once, before they count."""
+    g = torch.Generator(device).manual_seed(0)
+    x, h = (torch.randn(256, 256, generator=g, device=device) for _ in range(2))
+    exact = x.double() @ h.double()
+    error = (_product_of_halves(*halves(x), *halves(h)).double() - exact).norm() / exact.norm()
+    return bool(error < 1e-5)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

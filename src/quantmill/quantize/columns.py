@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill.quantize.arithmetic import tensor_cores
-
 
 def round_columns_torch(
     target: Tensor, carried: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, max_code: int
@@ -47,11 +45,5 @@ def in_place(x: Tensor, order: Tensor) -> Tensor:
 
 
 def fed_back(errors: Tensor, feedback: Tensor) -> Tensor:
-    """errors (N, i) times feedback (i, b): float32; TF32 on a GPU.
-
-    A feedback is as large as a few errors of rounding; a share of 2^-11 of it is no error to speak of.
-    """
-    if not errors.is_cuda:
-        return errors @ feedback
-    with tensor_cores():
-        return (feedback.T @ errors.T).T
+    """errors (N, i) times feedback (i, b), laid out as `in_order` lays out a device's matrices."""
+    return (feedback.T @ errors.T).T if errors.is_cuda else errors @ feedback

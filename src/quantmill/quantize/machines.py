@@ -27,7 +27,7 @@ class Machine:
     round_columns: RoundColumns  # columns.round_columns_torch
     fit_groups: FitGroups  # grids.fit_groups_torch
     descend_block: DescendBlock  # descent.descend_block_torch
-    fused_refit: bool  # refit's group products as a kernel of their own
+    fused_refit: Callable[[int], bool]  # whether refit has a kernel for groups of that many columns
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -41,7 +41,7 @@ def _plain() -> Machine:
     from quantmill.quantize.descent import descend_block_torch
     from quantmill.quantize.grids import fit_groups_torch
 
-    return Machine("torch", round_columns_torch, fit_groups_torch, descend_block_torch, fused_refit=False)
+    return Machine("torch", round_columns_torch, fit_groups_torch, descend_block_torch, lambda _: False)
 
 
 @functools.cache
@@ -50,13 +50,24 @@ def _cpu() -> Machine:
     from quantmill.quantize.descent_numba import descend_block_numba
     from quantmill.quantize.grids_numba import fit_groups
 
-    return Machine("numba", round_columns_numba, fit_groups, descend_block_numba, fused_refit=False)
+    return Machine("numba", round_columns_numba, fit_groups, descend_block_numba, lambda _: False)
 
 
 @functools.cache
 def _cuda() -> Machine:
-    from quantmill.quantize.columns_triton import round_columns_triton
-    from quantmill.quantize.descent_triton import descend_block_triton
-    from quantmill.quantize.grids_triton import fit_groups
+    """Triton's kernels, each of them only if it gives here what its torch twin gives."""
+    from quantmill.quantize import columns_triton, descent_triton, grids_triton, trials
 
-    return Machine("triton", round_columns_triton, fit_groups, descend_block_triton, fused_refit=True)
+    plain = _plain()
+    columns, descend, fit = (
+        columns_triton.round_columns_triton,
+        descent_triton.descend_block_triton,
+        grids_triton.fit_groups,
+    )
+    return Machine(
+        "triton",
+        columns if trials.columns_agree(columns) else plain.round_columns,
+        fit if trials.grids_agree(fit) else plain.fit_groups,
+        descend if trials.descent_agrees(descend) else plain.descend_block,
+        functools.cache(trials.products_agree),
+    )

@@ -22,7 +22,8 @@ def refit(W: Tensor, H: Tensor, linear: IntLinear, ridge: float = 1e-3) -> IntLi
     g, old = linear.g_idx.long(), linear.scales.float()
     by_group = torch.argsort(g, stable=True)
     sizes = torch.bincount(g, minlength=old.shape[1]).tolist()
-    if machine_of(W.device).fused_refit and (width := _kernel_width(sizes)):
+    width = max(16, 1 << (max(sizes) - 1).bit_length())
+    if machine_of(W.device).fused_refit(width):
         scales = _refit_fused(W, H, linear, by_group, sizes, width, ridge)
     else:
         scales = _refit_plain(W, H, linear, by_group, ridge)
@@ -81,14 +82,6 @@ def _quadratic(M: Tensor, r: Tensor, s: Tensor) -> Tensor:
 
 
 # ---- a GPU, float32
-
-
-def _kernel_width(sizes: list[int]) -> int:
-    """Columns a group takes in the kernel's layout; 0 where groups are too wide for it."""
-    from quantmill.quantize.refit_triton import WIDEST
-
-    width = max(16, 1 << (max(sizes) - 1).bit_length())
-    return width if width <= WIDEST else 0
 
 
 def _refit_fused(

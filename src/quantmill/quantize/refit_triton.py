@@ -30,19 +30,17 @@ def group_products_kernel(
     line = n.to(tl.int64) * padded
     mine = tl.load(codes + line[:, None] + (j * WIDTH + k)[None, :], row_here[:, None], 0.0).to(tl.float32)
     place = products + n.to(tl.int64) * groups * groups
-    p = tl.zeros((ROWS, WIDTH), tl.float32)
-    for step in range((j + 1) * (WIDTH // DEEP)):  # DEEP columns of group i at a time
-        at = step * DEEP + deep
-        q = tl.load(codes + line[:, None] + at[None, :], row_here[:, None], 0.0)
-        here = parts + at.to(tl.int64)[:, None] * padded + (j * WIDTH + k)[None, :]
-        for part in tl.static_range(PARTS):
-            p = tl.dot(q.to(KIND), tl.load(here + part * part_stride).to(KIND), p)
-        if (step + 1) % (WIDTH // DEEP) == 0:
-            i = step // (WIDTH // DEEP)
-            m = tl.sum(p * mine, 1)
-            tl.store(place + i * groups + j, m, row_here)
-            tl.store(place + j * groups + i, m, row_here)
-            p = tl.zeros((ROWS, WIDTH), tl.float32)
+    for i in range(j + 1):
+        p = tl.zeros((ROWS, WIDTH), tl.float32)
+        for chunk in tl.static_range(WIDTH // DEEP):
+            at = i * WIDTH + chunk * DEEP + deep
+            q = tl.load(codes + line[:, None] + at[None, :], row_here[:, None], 0.0)
+            here = parts + at.to(tl.int64)[:, None] * padded + (j * WIDTH + k)[None, :]
+            for part in tl.static_range(PARTS):
+                p = tl.dot(q.to(KIND), tl.load(here + part * part_stride).to(KIND), p)
+        m = tl.sum(p * mine, 1)  # outside of any branch: what a branch reads of a dot may not be there yet
+        tl.store(place + i * groups + j, m, row_here)
+        tl.store(place + j * groups + i, m, row_here)
 
 
 def split(H: Tensor) -> Tensor:
@@ -67,6 +65,6 @@ def group_products(parts: Tensor, codes: Tensor, width: int) -> Tensor:
     group_products_kernel[(groups, triton.cdiv(rows, ROWS))](
         codes, parts, products, rows, groups, padded, parts.stride(0),
         ROWS=ROWS, WIDTH=width, DEEP=min(width, 64), PARTS=PARTS, KIND=KIND,
-        num_warps=8 if width > 64 else 4, num_stages=3,
+        num_warps=8 if width > 64 else 4, num_stages=1 if width > 64 else 3,
     )  # fmt: skip
     return products

@@ -116,8 +116,7 @@ def norm_names(root: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, module in root.named_modules()
-        if [p for p, _ in module.named_parameters(recurse=False)] == ["weight"]
-        and module.weight.dim() == 1
+        if [p for p, _ in module.named_parameters(recurse=False)] == ["weight"] and module.weight.dim() == 1
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantmill.errors import BadCheckpoint
-from quantmill.quantize.arithmetic import tensor_cores
+from quantmill.quantize.arithmetic import precise_product
 from quantmill.quantize.columns import fed_back, in_order, in_place
 from quantmill.quantize.grids import ASYM, ASYM_V1, SYM, Grid, shrink_factors
 from quantmill.quantize.machines import RoundColumns, machine_of
@@ -100,9 +100,8 @@ def relative_loss(W: Tensor, Q: Tensor, H: Tensor) -> float:
 
 def energies(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
     """Per row the output's energy that is error, and all of it: diag((W-Q) H (W-Q)^T), diag(W H W^T); (N, 2)."""
-    E = W - Q
-    with tensor_cores():
-        return torch.stack([((x @ H) * x).sum(1, dtype=torch.float64) for x in (E, W)], 1)
+    rows = (W - Q, W)
+    return torch.stack([(precise_product(x, H) * x).sum(1, dtype=torch.float64) for x in rows], 1)
 
 
 def refuse_non_finite(W: Tensor, H: Tensor) -> None:
