@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from quantmill.errors import BadRequest
-from quantmill.serve.bandwidth import memory_bandwidth
+from quantmill.serve.bandwidth import measure, measured
 from quantmill.serve.logs import JsonLines
 from quantmill.serve.settings import ServeSettings
 from serve.conftest import Start
@@ -90,6 +90,7 @@ def test_an_answer_is_continued(start: Start) -> None:
 
 
 def test_metrics_and_health(start: Start) -> None:
+    measure("cpu int16", 1)
     port = start().port
     assert json.loads(get(port, "/health")[1]) == {"status": "ok", "models": {"toy": "idle", "other": "idle"}}
     post_json(port, "/v1/completions", ASK)
@@ -105,7 +106,15 @@ def test_metrics_and_health(start: Start) -> None:
     assert figures['quantmill_kv_pages_held{model="toy"}'] == "0.0"
     assert float(figures['quantmill_memory_bandwidth_share{model="toy"}']) > 0
     assert not any("nothing" in name for name in figures)
-    assert memory_bandwidth(False) > 1e8
+
+
+def test_the_bandwidth_is_measured_once() -> None:
+    measure("cpu int16", 1)
+    rate = measured("cpu int16")
+    assert rate is not None
+    assert rate > 1e8
+    measure("cpu exact", 1)
+    assert measured("cpu exact") == rate
 
 
 def test_keys_open_doors(start: Start) -> None:

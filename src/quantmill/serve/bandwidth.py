@@ -1,43 +1,45 @@
-"""What this machine's memory gives: measured once, in a blink, when somebody first asks."""
+"""What this machine's memory gives: measured once for each kind of device, when its first model is there.
+
+Not while a model works: the measurement uses the same threads, or the same GPU.
+"""
 
 from __future__ import annotations
 
-import time
-from functools import cache
+import logging
 
-BLOCK = 1 << 26  # bytes: larger than most caches
-TRIES = 3
-
-
-@cache
-def memory_bandwidth(gpu: bool) -> float:
-    """Bytes per second that can be read and written: the best of a few copies, counted both ways."""
-    return _gpu() if gpu else _cpu()
+log = logging.getLogger("quantmill.serve")
+_rates: dict[bool, float] = {}  # by whether it is a GPU's
 
 
-def _cpu() -> float:
-    import numpy as np
+def on_gpu(runtime: str) -> bool:
+    """Whether a runtime of this name (`facts.name`) is on a GPU."""
+    return runtime.startswith("cuda")
 
-    source, target = np.ones(BLOCK, np.uint8), np.zeros(BLOCK, np.uint8)
-    best = 0.0
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        np.copyto(target, source)
-        best = max(best, 2 * BLOCK / (time.perf_counter() - began))
-    return best
+
+def measure(runtime: str, threads: int | None = None) -> None:
+    """Read a block that no cache holds. Blocking: a fraction of a second on an idle machine."""
+    gpu = on_gpu(runtime)
+    if gpu in _rates:
+        return
+    try:
+        _rates[gpu] = _gpu() if gpu else _cpu(threads)
+    except (RuntimeError, MemoryError) as error:  # no room for the block, say: a figure less in /metrics
+        log.warning("the memory bandwidth could not be measured", extra={"error": str(error)})
+
+
+def measured(runtime: str) -> float | None:
+    """Bytes per second; None before `measure`."""
+    return _rates.get(on_gpu(runtime))
+
+
+def _cpu(threads: int | None) -> float:
+    from quantmill.kernels.cpu.bandwidth import streaming_read
+    from quantmill.kernels.cpu.pool import default_threads, shared_pool
+
+    return streaming_read(shared_pool(threads or default_threads()), 1 << 27, 3)
 
 
 def _gpu() -> float:
-    import torch
+    from quantmill.runtime.gpu.reading import read_rate
 
-    source = torch.ones(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(TRIES):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        best = max(best, 2 * source.numel() / (begin.elapsed_time(end) / 1e3))
-    return best
+    return read_rate(1 << 28)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -10,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from quantmill.runtime.engine_types import EngineStats
-from quantmill.serve.bandwidth import memory_bandwidth
+from quantmill.serve.bandwidth import measured
 from quantmill.serve.models import ModelService
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30, 60, 120)
@@ -43,7 +42,7 @@ class EngineCollector(Collector):
 
     def __init__(self, service: ModelService) -> None:
         self.service = service
-        self._before: dict[str, tuple[float, EngineStats]] = {}
+        self._before: dict[str, EngineStats] = {}
 
     def collect(self) -> Iterator[Metric]:
         models = self.service.ready()
@@ -71,16 +70,18 @@ class EngineCollector(Collector):
             labels=["model"],
         )
         for (model, llm), (_, figures) in zip(models, stats, strict=True):
-            share.add_metric([model], self._share(model, figures, llm.facts.name))
+            if (rate := measured(llm.facts.name)) is not None:
+                share.add_metric([model], self._read_per_second(model, figures) / rate)
         yield share
 
-    def _share(self, model: str, now: EngineStats, runtime: str) -> float:
+    def _read_per_second(self, model: str, now: EngineStats) -> float:
+        """Bytes of weights per second of work since the last look."""
         before = self._before.get(model)
-        self._before[model] = (time.monotonic(), now)
-        old = before[1] if before is not None and before[1].passes <= now.passes else None
+        self._before[model] = now
+        old = before if before is not None and before.passes <= now.passes else None
         seconds = now.busy_seconds - (old.busy_seconds if old else 0)
         read = now.weight_bytes - (old.weight_bytes if old else 0)
-        return read / seconds / memory_bandwidth("cuda" in runtime) if seconds > 0 else 0.0
+        return read / seconds if seconds > 0 else 0.0
 
 
 Read = Callable[[EngineStats], float]

@@ -108,7 +108,7 @@ class ModelService:
         return list(found)
 
     def infos(self) -> list[ModelInfo]:
-        return [e.info() for e in self._entries.values()]
+        return [e.info() for e in list(self._entries.values())]
 
     def info(self, name: str) -> ModelInfo:
         """Raises Refusal for a name that is not served."""
@@ -116,7 +116,7 @@ class ModelService:
 
     def ready(self) -> list[tuple[str, LLM]]:
         """The models that are loaded."""
-        return [(e.name, e.llm) for e in self._entries.values() if e.llm is not None]
+        return [(e.name, e.llm) for e in list(self._entries.values()) if e.llm is not None]
 
     @staticmethod
     def branches(repository: str) -> tuple[RemoteBranch, ...]:

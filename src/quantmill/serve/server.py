@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from quantmill.errors import BadRequest
 from quantmill.runtime.llm import LLM
 from quantmill.serve.app import create_app
+from quantmill.serve.bandwidth import measure
 from quantmill.serve.models import ModelService
 from quantmill.serve.settings import ServeSettings
 
@@ -51,6 +52,7 @@ def open_model(source: str, settings: ServeSettings) -> tuple[Path, LLM]:
         kv_tokens=settings.kv_tokens,
         engine=settings.engine,
     )
+    measure(llm.facts.name, settings.threads)
     return folder, llm
 
 

@@ -12,6 +12,7 @@ import pytest
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
 expect.set_options(timeout=30_000)
+pytestmark = pytest.mark.slow  # each starts a server; CI walks them once
 
 MODEL = "demo/echo"
 

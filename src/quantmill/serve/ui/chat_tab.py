@@ -77,7 +77,7 @@ def build(room: Room) -> ChatTab:
     stop.click(tab.stop, None, None, queue=False)  # not behind the answers that wait in the queue
     mode.change(_show_mode, mode, [talk, raw, said])
     rooms.input(tab.open, rooms, [talk, raw, key, mode, status])
-    fresh.click(tab.fresh, None, [talk, raw, key, rooms, status, prompt])
+    gr.on([fresh.click, talk.clear], tab.fresh, None, [talk, raw, key, rooms, status, prompt])
     delete.click(tab.delete, key, [talk, raw, key, rooms, status, prompt])
     return ChatTab(model, sampling, system, rooms)
 

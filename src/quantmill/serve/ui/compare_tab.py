@@ -122,4 +122,4 @@ def _facts(model: Loaded, end: Spoken | None) -> str:
     kl = "not measured (`quantmill eval`)" if said.mean_kl is None else f"{said.mean_kl:.4f} nats/token"
     speed = f"{end.tok_s:.1f} tok/s" if end else "-"
     memory = f"{gigabytes(model.weight_bytes)} + {gigabytes(model.cache_bytes)} cache"
-    return f"| | |\n|---|---|\n| speed | {speed} |\n| memory | {memory} |\n| KL to the original | {kl} |"
+    return f"| speed | {speed} |\n|---|---|\n| memory | {memory} |\n| KL to the original | {kl} |"

@@ -177,5 +177,5 @@ def describe(loaded: Loaded) -> str:
     rows += [("runs on", loaded.backend), ("context", f"{loaded.context} tokens")]
     rows += [("memory", f"{gigabytes(loaded.weight_bytes)} + {gigabytes(loaded.cache_bytes)} for the cache")]
     rows += [("chat template", "its own" if loaded.has_template else "none: use raw text")]
-    lines = [f"**{loaded.name}** is loaded.", "", "| | |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+    head, *cells = [f"| {name} | {value} |" for name, value in rows]
+    return "\n".join([f"**{loaded.name}** is loaded.", "", head, "|---|---|", *cells])
