@@ -1,11 +1,12 @@
 """Speed of the GPU's linears beside cuBLAS in fp16 and a plain read, all in one run. Needs one NVIDIA GPU.
 
-    python benchmarks/gpu_linears.py [--tune] [--bits 4] [--group 128] [--act-order] [--asym] [--rows 1 16]
+    python benchmarks/gpu_linears.py [--tune] [--kinds 4,128 4,32 3,128 8,128 4,128,act 4,128,asym] [--rows 1 16]
 
-Mistral-7B shapes, random weights. Every time is the median over replays of a CUDA graph of at least 24
+Mistral-7B shapes, random weights. Every time is the median over replays of a CUDA graph of at least 20
 launches that goes round copies of the weights which no cache holds. `--tune` measures cuts first and keeps them.
 Prints, for every linear and number of rows, microseconds, GB/s of packed weights, their share of the read and
-cuBLAS's microseconds; then the sums over 32 layers beside their targets, and the speed of repacking.
+cuBLAS's microseconds; then the sums over 32 layers beside their targets and the time of reading the bytes, the
+same layers one after the other in one graph, and the speed of repacking and of dense copies.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from quantmill.formats.gptq import dequantize
 from quantmill.kernels.triton import tuning
-from quantmill.kernels.triton.linear import matmul
+from quantmill.kernels.triton.linear import RunnableLinear, dense_weight, has_wide, matmul
 from quantmill.kernels.triton.packing import tile
 from quantmill.kernels.triton.tune import BEYOND_CACHE, copies, microseconds, tune
 from quantmill.types import CheckpointFormat, PackedLinear
@@ -30,6 +32,21 @@ from quantmill.types import CheckpointFormat, PackedLinear
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TARGETS = {1: 1.30, 16: 1.45}  # ms over 32 layers, 4 bits in groups of 128
 LAYERS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is in a file: `4,128,act,asym`."""
+
+    bits: int
+    group: int
+    act_order: bool
+    asym: bool
+
+    @classmethod
+    def read(cls, text: str) -> Kind:
+        bits, group, *rest = text.split(",")
+        return cls(int(bits), int(group), "act" in rest, "asym" in rest)
 
 
 @triton.jit
@@ -76,12 +93,21 @@ def error(x: Tensor, packed: PackedLinear, y: Tensor) -> float:
     return float((y.float() - wanted).norm() / wanted.norm())
 
 
+def path(first: RunnableLinear, rows: int) -> str:
+    """What `matmul` does with so many rows."""
+    t = first.tiled
+    if rows <= tuning.MOST_FEW:
+        return str(tuning.cut_for(t, rows))
+    cut = tuning.wide_cut(t, rows) if has_wide(t.words.device) else None
+    return "dense copy" if cut is None else str(cut)
+
+
 def shape_rows(
-    name: str, asked: argparse.Namespace, read: float
-) -> dict[int, tuple[float, float, float, float]]:
-    """For every number of rows: our microseconds, cuBLAS's, relative error, share of the read."""
+    name: str, kind: Kind, asked: argparse.Namespace, read: float
+) -> tuple[list[RunnableLinear], dict[int, tuple[float, float, float, float]]]:
+    """Copies of the linear, and for every number of rows: microseconds, cuBLAS's, error, microseconds of a read."""
     n, k = SHAPES[name]
-    packed = random_packed(n, k, asked.bits, asked.group, asked.act_order, not asked.asym)
+    packed = random_packed(n, k, kind.bits, kind.group, kind.act_order, not kind.asym)
     first = tile(packed)
     if asked.tune:
         begin = time.perf_counter()
@@ -91,20 +117,33 @@ def shape_rows(
     every = copies(first)
     dense = [dequantize(packed, torch.float16) for _ in range(-(-BEYOND_CACHE // (2 * n * k)) + 1)]
     found = {}
+    floor = first.nbytes / read * 1e6
     for rows in asked.rows:
         x = torch.randn(rows, k, dtype=torch.float16, device="cuda")
+        wrong = error(x, packed, matmul(x, every[0]))
         ours = microseconds([lambda e=e, x=x: matmul(x, e) for e in every])
         theirs = microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense])
-        wrong = error(x, packed, matmul(x, every[0]))
-        share = first.nbytes / ours * 1e6 / read
-        found[rows] = (ours, theirs, wrong, share)
-        cut = tuning.cut_for(first, rows) if rows <= tuning.most_rows(first) else "dense copy"
+        found[rows] = (ours, theirs, wrong, floor)
         print(
-            f"{name:8} {rows:5} rows {ours:8.2f} us {first.nbytes / ours / 1e3:6.0f} GB/s {share:5.2f} of the read"
-            f"   cuBLAS {theirs:8.2f} us, ours {ours / theirs:4.2f} of it   error {wrong:.1e}   {cut}",
+            f"{name:8} {rows:5} rows {ours:8.2f} us {first.nbytes / ours / 1e3:6.0f} GB/s {floor / ours:5.2f} of"
+            f" the read   cuBLAS {theirs:8.2f} us, ours {ours / theirs:4.2f} of it   error {wrong:.1e}   "
+            f"{path(every[0], rows)}",
             flush=True,
         )
-    return found
+    return every, found
+
+
+def chain(layers: dict[str, list[RunnableLinear]], rows: int) -> float:
+    """Milliseconds of 32 layers' linears, each launched behind the one before, in one graph."""
+    inputs = {k: torch.randn(rows, k, dtype=torch.float16, device="cuda") for _, k in SHAPES.values()}
+
+    def step() -> None:
+        for layer in range(LAYERS):
+            for every in layers.values():
+                linear = every[layer % len(every)]
+                matmul(inputs[linear.tiled.in_features], linear)
+
+    return microseconds([step]) / 1e3
 
 
 def repack_rate(packed: PackedLinear) -> float:
@@ -118,13 +157,53 @@ def repack_rate(packed: PackedLinear) -> float:
     return 5 * packed.qweight.numel() * 4 / (time.perf_counter() - begin)
 
 
+def dense_rate(packed: PackedLinear) -> float:
+    """Bytes a second that a dense copy reads and writes."""
+    tiled = tile(packed)
+    weight = dense_weight(tiled, torch.float16)
+    us = microseconds([lambda: dense_weight(tiled, torch.float16, weight)])
+    return (tiled.nbytes + weight.numel() * 2) / us * 1e6
+
+
+def report(kind: Kind, asked: argparse.Namespace, read: float) -> dict[str, object]:
+    """Measure one kind and print it."""
+    order = "true" if kind.act_order else "no"
+    print(f"{kind.bits} bits, group {kind.group}, {order} act order, {'a' * kind.asym}symmetric", flush=True)
+    measured = {name: shape_rows(name, kind, asked, read) for name in asked.shapes}
+    found = {name: rows for name, (_, rows) in measured.items()}
+    print(f"sums over {LAYERS} layers, ms:")
+    for rows in asked.rows:
+        ours, theirs, floor = (LAYERS * sum(f[rows][i] for f in found.values()) / 1e3 for i in (0, 1, 3))
+        target = (
+            f"   target {TARGETS[rows]:.2f}"
+            if rows in TARGETS and (kind.bits, kind.group) == (4, 128)
+            else ""
+        )
+        behind = (
+            chain({name: every for name, (every, _) in measured.items()}, rows)
+            if rows <= 256
+            else float("nan")
+        )
+        print(
+            f"{rows:5} rows {ours:7.3f}, in one graph {behind:7.3f}   read {floor:6.3f}   cuBLAS {theirs:7.3f}   "
+            f"ours {ours / theirs:4.2f} of it{target}"
+        )
+    packed = random_packed(28672, 4096, kind.bits, kind.group, kind.act_order, not kind.asym)
+    print(
+        f"repacking {repack_rate(packed) / 1e9:.0f} GB/s of qweight, "
+        f"dense copies {dense_rate(packed) / 1e9:.0f} GB/s"
+    )
+    return {"rows": found}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--act-order", action="store_true", help="true g_idx")
-    parser.add_argument("--asym", action="store_true")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256, 2048])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kinds", nargs="+", default=["4,128"], metavar="BITS,GROUP[,act][,asym]")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -133,18 +212,10 @@ def main() -> None:
         print("no NVIDIA GPU here: nothing to measure")
         return
     read = read_rate()
-    kind = f"{asked.bits} bits, group {asked.group}, {'true' if asked.act_order else 'no'} act order"
-    print(f"{torch.cuda.get_device_name()}, plain read {read / 1e9:.0f} GB/s; {kind}", flush=True)
-    found = {name: shape_rows(name, asked, read) for name in asked.shapes}
-    print(f"sums over {LAYERS} layers, ms:")
-    for rows in asked.rows:
-        ours, theirs = (LAYERS * sum(f[rows][i] for f in found.values()) / 1e3 for i in (0, 1))
-        target = f"   target {TARGETS[rows]:.2f}" if rows in TARGETS and asked.bits == 4 else ""
-        print(f"{rows:5} rows {ours:7.3f}   cuBLAS {theirs:7.3f}   ours {ours / theirs:4.2f} of it{target}")
-    packed = random_packed(28672, 4096, asked.bits, asked.group, asked.act_order, not asked.asym)
-    print(f"repacking {repack_rate(packed) / 1e9:.0f} GB/s of qweight")
+    print(f"{torch.cuda.get_device_name()}, plain read {read / 1e9:.0f} GB/s", flush=True)
+    found = {text: report(Kind.read(text), asked, read) for text in asked.kinds}
     if asked.json:
-        asked.json.write_text(json.dumps({"read": read, "rows": found}))
+        asked.json.write_text(json.dumps({"read": read, **found}))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def make_model(folder: Path, layers: int, device: str = "cuda") -> dict[str, obj
     config = MISTRAL_7B | {"num_hidden_layers": layers}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    shapes, hidden, vocab = linear_shapes(config), 4096, 32000
+    shapes, hidden, vocab = linear_shapes(config), config["hidden_size"], config["vocab_size"]
     weight_map: dict[str, str] = {}
 
     def save(number: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -148,12 +148,19 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
         "measured rates, TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.0f}" for k, v in rates.items()), flush=True
     )
     blocks = torch.randint(
-        0, 32000, (asked.samples, asked.seqlen), generator=torch.Generator().manual_seed(0)
+        0, config["vocab_size"], (asked.samples, asked.seqlen), generator=torch.Generator().manual_seed(0)
     )
     data = CalibrationSet(blocks, "random", 0, calibration.fingerprint(blocks), asked.samples, 0)
     limits = {k: int(v) for k, v in (("max_vram", asked.max_vram), ("max_ram", asked.max_ram)) if v}
     job = Job(
-        scratch / "source", "7B shapes", scratch / "out", variants, data, asked.preset, "cuda", **limits
+        source=source,
+        source_name="7B shapes",
+        out=scratch / "out",
+        variants=variants,
+        calibration=data,
+        preset=asked.preset,
+        device="cuda",
+        **limits,
     )
     load = memory.load_of(config, variants, asked.samples, asked.seqlen, "cuda")
     torch.cuda.empty_cache()

@@ -114,7 +114,9 @@ def test_check_eval_card_generate(
     assert status == 0
     assert answer["completion_tokens"] <= 5
     assert answer["tok_s"] > 0
-    status, _, err = call(capsys, "generate", branch, *words, "--cpu-exact", "--context", "40", "--threads", "1")
+    status, _, err = call(
+        capsys, "generate", branch, *words, "--cpu-exact", "--context", "40", "--threads", "1"
+    )
     assert status == 0
     assert "cpu exact" in err
     status, _, err = call(capsys, "generate", branch, *words, "--context", "2")

@@ -234,3 +234,41 @@ def test_damaged_reports_are_refused(change: dict[str, object], message: str) ->
         ev.report_from_json(good | change)
     with pytest.raises(BadCheckpoint, match=r"lacks perplexity: run quantmill eval again"):
         ev.report_from_json({key: value for key, value in good.items() if key != "perplexity"})
+
+
+def test_a_comparison_is_paired() -> None:
+    models, original = {"a": table(1), "b": table(4)}, table(2)
+    ids = torch.randint(0, 3, (40 * 12,), generator=torch.Generator().manual_seed(0))
+    scores = ev.score(models, ev.token_windows(ids, ctx=12, windows=None), original=original)
+    found = ev.compare(scores["a"], scores["b"])
+    a, b = (ev.report(scores[name]) for name in "ab")
+    assert found.perplexity_ratio.value == pytest.approx(a.perplexity / b.perplexity)
+    assert found.kl_ratio is not None
+    assert found.top1_difference is not None
+    assert found.kl_ratio.value == pytest.approx(a.mean_kl / b.mean_kl)
+    assert found.top1_difference.value == pytest.approx(a.top1_agreement - b.top1_agreement)
+    for ends in (found.perplexity_ratio, found.kl_ratio, found.top1_difference):
+        assert ends.low < ends.value < ends.high
+    same = ev.compare(scores["a"], scores["a"])
+    assert same.kl_ratio == ev.Ratio(1.0, 1.0, 1.0)
+    assert same.top1_difference == ev.Ratio(0.0, 0.0, 0.0)
+
+
+def test_without_an_original_only_perplexities_are_compared() -> None:
+    scores = ev.score({"a": table(1), "b": table(4)}, ev.token_windows(IDS, ctx=4, windows=None))
+    found = ev.compare(scores["a"], scores["b"])
+    assert found.kl_ratio is None
+    assert found.top1_difference is None
+
+
+def test_ratio_and_change_of_probability_are_those_of_the_definition() -> None:
+    model, original = table(1), table(2)
+    found = ev.evaluate({"q": model}, IDS, original=original, ctx=4, windows=3)["q"]
+    known = brute_force(model, original, IDS, 4, 3)
+    assert found.perplexity_ratio == pytest.approx(known["perplexity"] / known["original_perplexity"])
+    assert found.mean_delta_p is not None
+    assert abs(found.mean_delta_p) <= found.rms_delta_p
+    for name in ("perplexity_ratio", "top1_agreement", "rms_delta_p"):
+        low, high = getattr(found, f"{name}_ci")
+        assert low <= getattr(found, name) <= high
+    assert ev.report_from_json(ev.report_to_json(found)) == found

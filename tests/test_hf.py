@@ -269,10 +269,6 @@ class TestRefusals:
         with pytest.raises(error, match=match):
             load(folder)
 
-    def test_settings_per_module(self, tmp_path):
-        rules = {r"+:.*down_proj": {"bits": 8}}
-        self.refused(tmp_path, UnsupportedModel, "dynamic", dynamic=rules)
-
     def test_marlin_words(self, tmp_path):
         self.refused(tmp_path, UnsupportedModel, "is_marlin_format", is_marlin_format=True)
 

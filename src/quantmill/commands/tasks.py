@@ -36,7 +36,7 @@ def run_tasks(models: Sequence[str], tasks: str, device: str, console: Console) 
         folder = resolve(model, notify=console.note)
         loaded = load_model(folder, device=pick_device(device))
         runner = HFLM(pretrained=loaded, tokenizer=load_tokenizer(folder))
-        results = simple_evaluate(model=runner, tasks=names, task_manager=manager, bootstrap_iters=0)
+        results = simple_evaluate(model=runner, tasks=names, task_manager=manager, bootstrap_iters=1000)
         found[model] = {task: _numbers(metrics) for task, metrics in results["results"].items()}
         del loaded, runner
     return found

@@ -1,0 +1,110 @@
+"""`quantmill eval`: one variant beside another, and tasks through lm-eval's own interface."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from quantmill.commands import measuring
+from quantmill.commands.tasks import run_tasks, task_lines
+from quantmill.console import Console
+from quantmill.errors import BadRequest
+from quantmill.hub.variants import parse_variant
+from quantmill.quantize import calibration, pipeline
+from quantmill.quantize.job import Job
+from quantmill.types import CalibrationSet
+from tiny_models import TEXT, byte_level_tokenizer, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """src, and in out two variants of it."""
+    root = tmp_path_factory.mktemp("measuring")
+    tiny_model("llama").half().save_pretrained(root / "src")
+    byte_level_tokenizer().save_pretrained(root / "src")
+    blocks = torch.randint(0, 300, (8, 16), generator=torch.Generator().manual_seed(0))
+    data = CalibrationSet(blocks, "made up", 0, calibration.fingerprint(blocks), 8, 0)
+    variants = (parse_variant("2bit-32g"), parse_variant("8bit-32g"))
+    pipeline.quantize(Job(root / "src", "tiny", root / "out", variants, data), lambda _: None)
+    (root / "text.txt").write_text(" ".join([TEXT] * 40))
+    return root
+
+
+def variant(root: Path, bits: int) -> str:
+    return str(root / "out" / f"gptq-{bits}bit-32g-actorder_True")
+
+
+def test_versus_is_paired_and_kept_in_both_folders(folders: Path) -> None:
+    coarse, fine = variant(folders, 2), variant(folders, 8)
+    protocol = measuring.Protocol(str(folders / "text.txt"), 32, 12, "cpu")
+    reports, found = measuring.versus(coarse, fine, str(folders / "src"), protocol, Console(False))
+    assert found.kl_ratio is not None
+    assert found.kl_ratio.value == pytest.approx(reports[coarse].mean_kl / reports[fine].mean_kl)
+    assert found.kl_ratio.low > 1
+    for name in (coarse, fine):
+        kept = json.loads((Path(name) / measuring.EVAL_REPORT).read_text())
+        assert kept["mean_kl"] == reports[name].mean_kl
+        assert len(kept["top1_agreement_ci"]) == 2
+    lines = "\n".join(measuring.report_lines(reports[coarse]) + measuring.versus_lines(fine, found))
+    assert "ratio" in lines
+    assert "versus" in lines
+
+
+def test_a_model_is_not_compared_with_itself(folders: Path) -> None:
+    protocol = measuring.Protocol(str(folders / "text.txt"), 32, 12, "cpu")
+    with pytest.raises(BadRequest, match="the model itself"):
+        measuring.versus("a", "a", None, protocol, Console(False))
+
+
+def test_tasks_without_lm_eval_say_what_to_install(monkeypatch: pytest.MonkeyPatch, folders: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(BadRequest, match=r"pip install 'quantmill\[tasks\]'"):
+        run_tasks([variant(folders, 8)], "arc_easy", "cpu", Console(False))
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """Modules with lm-eval 0.4's names and signatures: what they are called with, two tasks known."""
+    calls: list[dict] = []
+
+    def simple_evaluate(*, model, tasks, task_manager, bootstrap_iters):
+        calls.append({"model": model, "tasks": tasks})
+        metrics = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1}
+        return {"results": dict.fromkeys(tasks, metrics)}
+
+    class HFLM:
+        def __init__(self, *, pretrained, tokenizer):
+            self.pretrained, self.tokenizer = pretrained, tokenizer
+
+    names = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": HFLM},
+        "lm_eval.tasks": {"TaskManager": lambda: SimpleNamespace(all_tasks=["arc_easy", "piqa"])},
+    }
+    for name, members in names.items():
+        module = ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    return calls
+
+
+def test_tasks_are_run_on_the_loaded_model(harness: list[dict], folders: Path) -> None:
+    model = variant(folders, 8)
+    found = run_tasks([model], "arc_easy, piqa", "cpu", Console(False))
+    assert found == {model: {t: {"acc,none": 0.5, "acc_stderr,none": 0.1} for t in ("arc_easy", "piqa")}}
+    assert harness[0]["tasks"] == ["arc_easy", "piqa"]
+    ids = harness[0]["model"].tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    assert torch.isfinite(harness[0]["model"].pretrained(ids).logits).all()
+    assert f"{model}  piqa  acc  0.5000" in task_lines(found)
+
+
+def test_unknown_tasks_are_refused_before_a_model_is_loaded(harness: list[dict]) -> None:
+    with pytest.raises(BadRequest, match="no task nonsense"):
+        run_tasks(["not-there"], "arc_easy,nonsense", "cpu", Console(False))
+    assert not harness
