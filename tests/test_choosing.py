@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from quantmill.checkpoint import open_checkpoint
+from quantmill.cli import main
 from quantmill.commands.choosing import Target, choose_bits, parse_target
 from quantmill.console import Console
 from quantmill.errors import BadRequest
+from quantmill.hub.card_facts import read_branch
+from quantmill.hub.card_sections import provided_files
 from quantmill.quantize import calibration, pipeline
 from quantmill.quantize.job import Job
 from quantmill.quantize.sensitivity import sensitivities
 from quantmill.types import CalibrationSet, QuantConfig, Variant
-from tiny_models import byte_level_tokenizer, tiny_model
+from tiny_models import TEXT, byte_level_tokenizer, tiny_model
 
 BASE = QuantConfig(bits=4, group_size=32)
 
@@ -104,3 +107,25 @@ def test_refusals(tmp_path: Path) -> None:
     assert parse_target(None, None) is None
     with pytest.raises(BadRequest, match="alone take"):
         choose_bits(job(tmp_path), BASE, Target(size=1000, text="1KB"), Console(False))
+
+
+def test_the_command_line_chooses_and_the_card_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = job(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join([TEXT * 3] * 20))
+    words = ["--dataset", text, "--samples", 8, "--seqlen", 16, "--bits", 4, "--group-size", 32]
+    words += ["--target-size", "157KB", "--out", task.out, "--json", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["quantmill", "quantize", str(task.source), *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    [made] = json.loads(capsys.readouterr().out)["variants"]
+    assert made["branch"] == "gptq-mixed-157KB-32g"
+    assert made["size_bytes"] <= 157_000
+    facts = read_branch(Path(made["folder"]))
+    assert len(facts.modules_by_bits) > 1
+    assert sum(facts.modules_by_bits.values()) == 14
+    listed = ", ".join(f"{b} ({n} linears)" for b, n in facts.modules_by_bits.items())
+    assert listed in provided_files([facts])

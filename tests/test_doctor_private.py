@@ -1,4 +1,4 @@
-"""No path of the maker's disk in what is published: found by `check`, cut by `check --fix`, refused by `publish`."""
+"""No path of the maker's disk in what is published: found, cut by `check --fix`, refused by `publish`."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def _convert_into(target: Path, path: Path, notify: Notify, packed: bool) -> Non
 
 def _from_hub(name: str, branch: str | None, files: Files) -> Path:
     """The snapshot folder of one branch in the shared cache, fetched as far as it is not there."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     asked = f"{name}:{branch}" if branch else name
     try:
@@ -186,6 +186,10 @@ def _from_hub(name: str, branch: str | None, files: Files) -> Path:
             f"{asked} holds no config.json; a .gguf file of it can be downloaded and named instead"
         )
     if files == "model" and not any(folder.glob("*.safetensors")):
+        if constants.HF_HUB_OFFLINE:
+            raise SourceNotFound(
+                f"HF_HUB_OFFLINE is set, and the cache holds no weights of {asked}: unset it"
+            )
         raise SourceNotFound(
             f"{asked} holds no .safetensors file, and pickled weights are never opened: name another"
         )

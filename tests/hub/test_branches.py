@@ -57,15 +57,38 @@ def test_other_peoples_branches_are_read_from_names_and_configs(online):
         },
         "gptq-8bit--1g-actorder_True": {},
         "awq": {"config.json": {"quantization_config": {"quant_method": "awq", "bits": 4}}},
+        "exl2": {"config.json": {"quantization_config": {"quant_method": "exl2\n", "bits": 4.25}}},
+        "plain": {"config.json": {}},
         "odd": {"config.json": [1], "quantize_config.json": {"bits": 4, "group_size": 32, "desc_act": False}},
     }
     for branch in files:
         online.create_branch("you/theirs", branch=branch, exist_ok=True)
     for branch, papers in files.items():
-        for path, value in {**papers, "model.safetensors": [0]}.items():
+        for path, value in {**papers, "model.safetensors": [branch]}.items():
             data = json.dumps(value).encode()
             online.upload_file(path_or_fileobj=data, path_in_repo=path, repo_id="you/theirs", revision=branch)
-    found = {b.name: b.config for b in read_branches("you/theirs", online, LARGE)}
+    first = online.list_repo_commits("you/theirs")[-1].commit_id
+    online.create_branch("you/theirs", branch="files", revision=first, exist_ok=True)
+    for kind in ("Q4_K_M", "IQ2_XXS-00001-of-00002"):
+        online.upload_file(
+            path_or_fileobj=kind.encode(),
+            path_in_repo=f"m-7b.{kind}.gguf",
+            repo_id="you/theirs",
+            revision="files",
+        )
+    rows = read_branches("you/theirs", online, LARGE)
+    methods = {b.name: b.method for b in rows}
+    assert methods == {
+        "main": "gptq",
+        "gptq-8bit--1g-actorder_True": "gptq",
+        "awq": "awq",
+        "exl2": "exl2",
+        "plain": "none",
+        "odd": "gptq",
+        "files": "gguf IQ2_XXS, Q4_K_M",
+    }
+    assert [b.name for b in rows if b.to_json()["bits"] is None] == ["exl2", "files", "plain"]
+    found = {b.name: b.config for b in rows}
     assert (found["main"].bits, found["main"].group_size) == (4, 64)
     assert (found["gptq-8bit--1g-actorder_True"].bits, found["gptq-8bit--1g-actorder_True"].group_size) == (
         8,
@@ -81,3 +104,16 @@ def test_other_peoples_branches_are_read_from_names_and_configs(online):
 )
 def test_fits(ram, vram, weights, where):
     assert Machine(ram, vram).fits(weights) == where
+
+
+def test_the_table_names_the_method(measured, monkeypatch, capsys):
+    import huggingface_hub
+
+    from quantmill.commands.fetching import list_branches
+    from quantmill.console import Console
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: measured)
+    list_branches("me/measured", Console())
+    head, _, first, *_ = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["branch", "method", "bits"]
+    assert first.split()[:4] == ["main", "gptq", "4", "128"]

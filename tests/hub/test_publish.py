@@ -1,7 +1,10 @@
 """Publishing to a hub on loopback: complete branches, nothing sent twice, nothing damaged let through."""
 
+import http.server
 import shutil
 import subprocess
+import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -118,3 +121,61 @@ def test_no_hub_there_is_one_line(two_branches, online):
 
     with pytest.raises(SourceNotFound, match="did not answer"):
         send(two_branches, "me/x", HfApi(endpoint="http://127.0.0.1:9"))
+
+
+def test_sizes_come_first_and_every_byte_is_counted_once(two_branches, online, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    folder = shutil.copytree(two_branches, tmp_path / "two")
+    for branch in ("main", OTHER):
+        (folder / branch / "shared.bin").write_bytes(b"s" * 12_000_000)  # an object, sent by us
+    seen = []
+
+    @contextmanager
+    def track(total):
+        seen.append(total)
+        yield seen.append
+
+    _, notes = send(folder, "me/counted", online, track=track)
+    total, *parts = seen
+    unique = {p.read_bytes() for p in folder.glob("*/*") if p.name != manifest.NAME}
+    assert total == sum(parts) == sum(map(len, unique))
+    assert notes[-1].endswith("files that branches share travel once")
+    assert any(n.startswith("main: sending") and n.endswith("MB") for n in notes)
+    assert "it/s]" not in capsys.readouterr().err  # huggingface_hub's own bars
+    _, notes = send(folder, "me/counted", online, track=track)
+    assert seen[-1] == 0
+    assert notes == ["main: unchanged", f"{OTHER}: unchanged"]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "said"),
+    [
+        (429, {"Retry-After": "30"}, "no more requests from you for now .429 at me/x., for 30 s: wait"),
+        (429, {}, "now .429 at me/x.: wait, then type the same again"),
+        (503, {}, "in trouble .503 at me/x, no reason given.: type the same again in a few minutes"),
+        (500, {"X-Error-Message": "disk"}, "in trouble .500 at me/x, disk"),
+    ],
+)
+def test_a_hub_in_trouble_is_one_line(status, headers, said, two_branches, online):
+    from huggingface_hub import HfApi
+
+    class Troubled(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        do_GET = do_POST = do_HEAD = answer
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Troubled) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            with pytest.raises(QuantmillError, match=said) as caught:
+                send(two_branches, "me/x", HfApi(endpoint=f"http://127.0.0.1:{server.server_port}"))
+        finally:
+            server.shutdown()
+    assert "\n" not in str(caught.value)

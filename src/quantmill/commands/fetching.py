@@ -44,6 +44,9 @@ def _repository(asked: str) -> tuple[str, str | None]:
     return name, branch
 
 
+_OFFLINE = "HF_HUB_OFFLINE is set and the cache does not hold all of {}: unset it and type the same again"
+
+
 def _from_cache(name: str, branch: str | None, cache: Path | None, console: Console) -> Json:
     """Offline, the shared cache has it whole or not at all."""
     from huggingface_hub import errors, snapshot_download
@@ -51,9 +54,9 @@ def _from_cache(name: str, branch: str | None, cache: Path | None, console: Cons
     try:
         folder = snapshot_download(name, revision=branch, cache_dir=cache, local_files_only=True)
     except errors.LocalEntryNotFoundError as error:
-        raise SourceNotFound(
-            f"HF_HUB_OFFLINE is set and the cache does not hold all of {name}: unset it and type the same again"
-        ) from error
+        raise SourceNotFound(_OFFLINE.format(name)) from error
+    if lacking := remote_download.lacking_weights(Path(folder)):
+        raise SourceNotFound(f"{_OFFLINE.format(name)} ({lacking} is not there)")
     console.say(f"{folder}\nwas there; nothing was asked of the hub (HF_HUB_OFFLINE)")
     return {"repository": name, "branch": branch or "main", "folder": folder, "fetched_bytes": 0}
 
@@ -69,6 +72,7 @@ def list_branches(asked: str, console: Console) -> Json:
     found = remote_branches.read_branches(name, HfApi(), machine)
     head = (
         "branch",
+        "method",
         "bits",
         "group",
         "act order",
@@ -91,7 +95,8 @@ def list_branches(asked: str, console: Console) -> Json:
 
 def _cells(b: remote_branches.RemoteBranch) -> tuple[str, ...]:
     c = b.config
-    fixed = (c.bits, c.group_size, _yes(c.desc_act), _yes(c.sym)) if c else ("-",) * 4
+    act_order = _yes(c.desc_act) if c and b.method != "awq" else "-"  # AWQ knows none
+    fixed = (b.method, c.bits, c.group_size, act_order, _yes(c.sym)) if c else (b.method, *("-",) * 4)
     kl = "-" if b.mean_kl is None else f"{b.mean_kl:.4f}"
     perplexity = "-" if b.perplexity is None else f"{b.perplexity:.3f}"
     loaders = "?" if b.loaders is None else str(len(b.loaders))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from quantmill import __version__
-from quantmill.console import Console, gigabytes
+from quantmill.console import Console, gigabytes, progress
 from quantmill.errors import BadRequest
 from quantmill.hub.publish import Branch, publish, read_branches
 from quantmill.hub.variants import MAIN
@@ -33,11 +35,21 @@ def publish_folder(
             name, [{"name": b.name, "size_bytes": b.size, "files": len(b.files)} for b in branches]
         )
     api = HfApi(endpoint=endpoint, library_name="quantmill", library_version=__version__)
-    done = publish(branches, name, api, private=private, notify=console.note)
+    done = publish(branches, name, api, private=private, notify=console.note, track=_bar)
     console.say(f"\n{api.endpoint}/{name} holds every file with the hash that it has here. To get a branch:")
     for line in reader_lines(name, branches, endpoint):
         console.say(f"  {line}")
     return _document(name, [_row(asdict(p)) for p in done])
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """Bytes on a bar; none where nothing is to be sent."""
+    if not total:
+        yield lambda _: None
+        return
+    with progress("bytes", total) as advance:
+        yield lambda count: advance(count, "")
 
 
 def reader_lines(name: str, branches: tuple[Branch, ...], endpoint: str | None) -> list[str]:

@@ -5,7 +5,8 @@ Reads a few small JSON files of each branch; what no file says is taken from the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantmill.errors import BadCheckpoint, UserError
 from quantmill.files import read_json
 from quantmill.formats.config import config_from_json
+from quantmill.formats.dialects import Layout, method
 from quantmill.hub.card_facts import CHECK_REPORT, EVAL_REPORT
 from quantmill.hub.machine import Machine
 from quantmill.hub.remote import RemoteFile, in_our_words, list_files
@@ -23,15 +25,22 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 WEIGHTS = ".safetensors"
+GGUF = ".gguf"
+OURS = ("gptq", "awq", "compressed-tensors", "auto-round")  # methods whose safetensors quantmill loads
+_GGUF_KIND = re.compile(
+    r"[-_.]((?:I?Q\d\w*)|[BF]F?(?:16|32)|MXFP4\w*)(?:-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE
+)
+LONGEST_METHOD = 30  # characters of somebody else's word
 LONGEST = 4_000_000  # bytes of a JSON file that is fetched
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteBranch:
-    """A branch. `config` None: not a GPTQ model, as far as its files and its name tell."""
+    """A branch. `config` None: no parameters of ours, as far as its files and its name tell."""
 
     name: str
     commit: str
+    method: str  # gptq, awq, gguf Q4_K_M, ...; none: not quantised; ?: nothing says it
     config: QuantConfig | None
     size: int  # bytes of the weight files
     mean_kl: float | None
@@ -45,6 +54,7 @@ class RemoteBranch:
         c = self.config
         return {
             "name": self.name,
+            "method": self.method,
             "bits": c.bits if c else None,
             "group_size": c.group_size if c else None,
             "desc_act": c.desc_act if c else None,
@@ -73,14 +83,16 @@ def read_branches(name: str, api: HfApi, machine: Machine) -> tuple[RemoteBranch
 
 def _read(name: str, branch: str, commit: str, api: HfApi, machine: Machine) -> RemoteBranch:
     files = list_files(api, name, commit)
-    size = sum(f.size for p, f in files.items() if p.endswith(WEIGHTS))
+    size = sum(f.size for p, f in files.items() if p.endswith((WEIGHTS, GGUF)))
     papers = _Papers(name, commit, files, api)
     measured, checked = papers.read(EVAL_REPORT) or {}, papers.read(CHECK_REPORT) or {}
     loaders = checked.get("loaders")
+    how = method_of(papers.read, branch, files)
     return RemoteBranch(
         name=branch,
         commit=commit,
-        config=config_of(papers.read, branch) if size else None,
+        method=how,
+        config=config_of(papers.read, branch) if size and how in OURS else None,
         size=size,
         mean_kl=_number(measured.get("mean_kl")),
         perplexity=_number(measured.get("perplexity")),
@@ -108,10 +120,36 @@ class _Papers:
             return None
 
 
+def method_of(read: Callable[[str], Json | None], branch: str, paths: Iterable[str]) -> str:
+    """How a branch's weights are quantised: its config's word, the kinds of its GGUF files, else its name's.
+
+    `none` where plain weights are all there is, `?` where there are no weights that we know.
+    """
+    listed = list(paths)
+    kinds = sorted({_gguf_kind(p) for p in listed if p.lower().endswith(GGUF)})
+    if not any(p.endswith(WEIGHTS) for p in listed):
+        return ("gguf " + (", ".join(kinds) if len(kinds) < 4 else f"({len(kinds)} kinds)")) if kinds else "?"
+    quant = _quant(read)
+    if quant is None:
+        promised = branch != MAIN and parse_branch(branch) is not None
+        return Layout.GPTQ if promised else "none"
+    return "".join(c for c in method(quant) if c.isprintable())[:LONGEST_METHOD]
+
+
+def _gguf_kind(path: str) -> str:
+    found = _GGUF_KIND.search(path)
+    return found[1].upper() if found else "?"
+
+
+def _quant(read: Callable[[str], Json | None]) -> Json | None:
+    quant = (read("config.json") or {}).get("quantization_config") or read("quantize_config.json")
+    return quant if isinstance(quant, dict) else None
+
+
 def config_of(read: Callable[[str], Json | None], branch: str) -> QuantConfig | None:
     """A branch's parameters, its files' word before its name's. `read` gives a JSON file or None."""
-    quant = (read("config.json") or {}).get("quantization_config") or read("quantize_config.json")
-    if not isinstance(quant, dict):
+    quant = _quant(read)
+    if quant is None:
         return None if branch == MAIN else parse_branch(branch)
     try:
         return config_from_json(quant)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from quantmill.errors import BadRequest, QuantmillError, SourceNotFound
+from quantmill.files import read_json
 from quantmill.hub import wire
 from quantmill.hub.remote import (
     RemoteFile,
     hash_file,
     in_our_words,
     list_files,
+    quiet_bars,
     token_header,
     transport_errors,
 )
@@ -34,9 +37,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 WORKERS = 4
+PASSING = (429, 500, 502, 503, 504)  # a hub that is asked again after a while
 ATTEMPTS = 5  # connections per file that end too early and bring nothing
 SPARE = 64_000_000  # bytes of the disk that stay free
 PARTIAL = ".quantmill-partial"
+WEIGHTS = (".safetensors", ".gguf")
 NEVER = (
     ".bin",
     ".pt",
@@ -132,18 +137,19 @@ def fetch(plan: Plan, api: HfApi, advance: Advance) -> Path:
     with in_our_words(place.name), ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda f: _fetch_large(f, plan, api, advance), large))
         _note_proved(plan, large)
-        folder = Path(
-            snapshot_download(
-                place.name,
-                revision=plan.commit,
-                cache_dir=place.cache,
-                local_dir=place.local,
-                endpoint=api.endpoint,
-                token=api.token,
-                ignore_patterns=[f"*{suffix}" for suffix in NEVER],
-                max_workers=WORKERS,
+        with quiet_bars(not any(f.xet for f in plan.missing)):
+            folder = Path(
+                snapshot_download(
+                    place.name,
+                    revision=plan.commit,
+                    cache_dir=place.cache,
+                    local_dir=place.local,
+                    endpoint=api.endpoint,
+                    token=api.token,
+                    ignore_patterns=[f"*{suffix}" for suffix in NEVER],
+                    max_workers=WORKERS,
+                )
             )
-        )
     advance(sum(f.size for f in plan.missing if f not in large))
     _prove(folder, [f for f in plan.files.values() if f not in large], plan)
     _name_branch(plan)
@@ -212,6 +218,7 @@ def _append(out: _Part, file: RemoteFile, plan: Plan, api: HfApi, advance: Advan
                 raise SourceNotFound(
                     f"the connection to the hub broke at {file.path} ({error}): type the same again"
                 ) from None
+            time.sleep(min(30, 2**fruitless - 1))
 
 
 def _stream(out: _Part, file: RemoteFile, plan: Plan, api: HfApi, advance: Advance) -> None:
@@ -259,6 +266,8 @@ def _stream_by_client(
     from huggingface_hub import get_session
 
     with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=30) as answer:
+        if answer.status_code in PASSING:
+            raise ConnectionError(f"the hub answered {answer.status_code}")
         if answer.status_code >= 400:
             raise QuantmillError(
                 f"the hub answered {answer.status_code} for {file.path}: type the same again"
@@ -287,3 +296,11 @@ def _name_branch(plan: Plan) -> None:
         ref = plan.place.blobs.parent / "refs" / plan.branch
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(plan.commit)
+
+
+def lacking_weights(folder: Path) -> str | None:
+    """A weight file that a snapshot of the cache lacks, None where it has them: papers are fetched without them."""
+    for index in folder.glob("*.safetensors.index.json"):
+        named = sorted(set((read_json(index).get("weight_map") or {}).values()))
+        return next((name for name in named if not (folder / name).is_file()), None)
+    return None if any(p.is_file() for s in WEIGHTS for p in folder.rglob(f"*{s}")) else "a weight file"

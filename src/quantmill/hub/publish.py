@@ -11,18 +11,28 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmill import manifest
+from quantmill.console import gigabytes
 from quantmill.doctor import check
 from quantmill.doctor.private import cleaned, telling_texts
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError
 from quantmill.hub.card_facts import branch_folders, read_branch
 from quantmill.hub.paths import path_fault
-from quantmill.hub.remote import Hashes, RemoteFile, hash_file, in_our_words, list_files, token_header
-from quantmill.hub.upload import Uploads
+from quantmill.hub.remote import (
+    Hashes,
+    RemoteFile,
+    hash_file,
+    in_our_words,
+    list_files,
+    quiet_bars,
+    token_header,
+)
+from quantmill.hub.upload import Advance, Meter, Uploads
 from quantmill.hub.variants import MAIN
 from quantmill.types import Level
 
@@ -35,6 +45,12 @@ WORKERS = 4  # branches that are hashed and sent at once: while one is sent, the
 SUMS = manifest.NAME
 
 Notify = Callable[[str], None]
+Track = Callable[[int], AbstractContextManager[Advance]]  # bytes to be sent -> who hears of them
+
+
+def untracked(_: int) -> AbstractContextManager[Advance]:
+    """Nobody hears of the bytes."""
+    return nullcontext(lambda _: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +129,15 @@ def _refuse_telling(folders: Sequence[Path]) -> None:
 
 
 def publish(
-    branches: Sequence[Branch], name: str, api: HfApi, *, private: bool, notify: Notify
+    branches: Sequence[Branch],
+    name: str,
+    api: HfApi,
+    *,
+    private: bool,
+    notify: Notify,
+    track: Track = untracked,
 ) -> list[Published]:
-    """Bring every branch to the hub and prove that it is there.
+    """Bring every branch to the hub and prove that it is there. `notify` hears what will be sent before it is.
 
     Raises BadRequest (no right to, or public where private was asked for), SourceNotFound (hub out of reach),
     QuantmillError where what the hub holds afterwards is not what was sent.
@@ -128,17 +150,40 @@ def publish(
             raise BadRequest(
                 f"{name} exists already and is public: choose another name, or leave --private out"
             )
-        uploads = None if _settle_xet(api, name) else Uploads(name, api)
+        ours = not _settle_xet(api, name)
         with ThreadPoolExecutor(WORKERS) as pool:
-            prepared = pool.map(
-                lambda b, local: _prepare(b, local, name, api, uploads, notify), branches, hashed
-            )
-            return [_publish(ready, name, api) for ready in prepared]
+            compared = list(pool.map(lambda b, local: _compare(b, local, name, api), branches, hashed))
+        total = _announce(compared, notify)
+        with quiet_bars(ours), (track if ours else untracked)(total) as advance:
+            meter = Meter(advance)
+            uploads = Uploads(name, api, meter) if ours else None
+            with ThreadPoolExecutor(WORKERS) as pool:
+                prepared = pool.map(lambda ready: _bring(ready, uploads), compared)
+                return [_publish(ready, name, api, meter) for ready in prepared]
+
+
+def _announce(compared: Sequence[_Prepared], notify: Notify) -> int:
+    """Say per branch what has to travel, and how much that is in all. Returns the bytes, each object's once."""
+    doomed: dict[str, int] = {}
+    for ready in compared:
+        if ready.commit and not ready.sent:
+            notify(f"{ready.branch.name}: unchanged")
+            continue
+        sizes = {ready.local[p].sha256: ready.local[p].size for p in ready.changed}
+        doomed |= sizes
+        count = len(ready.local) + 1
+        notify(
+            f"{ready.branch.name}: sending {len(ready.sent)} of {count} files, {gigabytes(sum(sizes.values()))}"
+        )
+    if doomed:
+        whole = gigabytes(sum(ready.branch.size for ready in compared))
+        notify(f"{gigabytes(sum(doomed.values()))} to send of {whole}; files that branches share travel once")
+    return sum(doomed.values())
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A branch here, hashed, and on the hub, where its large files are by now."""
+    """A branch here, hashed, and on the hub."""
 
     branch: Branch
     local: Mapping[str, Hashes]
@@ -175,34 +220,29 @@ def _hash(branch: Branch) -> dict[str, Hashes]:
     return local
 
 
-def _prepare(
-    branch: Branch,
-    local: Mapping[str, Hashes],
-    name: str,
-    api: HfApi,
-    uploads: Uploads | None,
-    notify: Notify,
-) -> _Prepared:
-    """Compare, and bring large files that differ to the hub; the branch stays as it is."""
+def _compare(branch: Branch, local: Mapping[str, Hashes], name: str, api: HfApi) -> _Prepared:
+    """A branch here beside the one on the hub."""
     commit = _commit_of(api, name, branch.name)
-    ready = _Prepared(branch, local, commit, list_files(api, name, commit) if commit else {})
-    if commit and not ready.sent:
-        notify(f"{branch.name}: unchanged")
-    else:
-        notify(f"{branch.name}: sending {len(ready.sent)} of {len(local) + 1} files")
+    return _Prepared(branch, local, commit, list_files(api, name, commit) if commit else {})
+
+
+def _bring(ready: _Prepared, uploads: Uploads | None) -> _Prepared:
+    """Bring large files that differ to the hub; the branch stays as it is."""
     if uploads is not None:
         for path in ready.changed:
-            uploads.send(branch.files[path], local[path])
+            uploads.send(ready.branch.files[path], ready.local[path])
     return ready
 
 
-def _publish(ready: _Prepared, name: str, api: HfApi) -> Published:
+def _publish(ready: _Prepared, name: str, api: HfApi, meter: Meter) -> Published:
     """One branch: only what differs is sent."""
     branch, local, commit = ready.branch, ready.local, ready.commit
     if ready.sent or commit is None:
         parcel = _Parcel(branch, local, ready.changed, ready.gone, ready.sums)
         commit = _send(api, name, parcel, commit)
         _prove(list_files(api, name, commit), local, f"{name}:{branch.name}")
+    for path in ready.changed:
+        meter.reached(local[path].sha256, local[path].size)
     return Published(branch.name, commit, branch.size, len(local) + 1, ready.sent)
 
 
@@ -261,10 +301,12 @@ def _prove(remote: Mapping[str, RemoteFile], local: Mapping[str, Hashes], where:
 
 def _settle_xet(api: HfApi, name: str) -> bool:
     """Large files go by xet only where the hub has it: huggingface_hub does not ask, and fails without."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants, get_session, hf_raise_for_status
 
-    headers = token_header(api)
-    answer = get_session().get(f"{api.endpoint}/api/models/{name}/xet-write-token/{MAIN}", headers=headers)
+    url = f"{api.endpoint}/api/models/{name}/xet-write-token/{MAIN}"
+    answer = get_session().get(url, headers=token_header(api), follow_redirects=True)
     if answer.status_code == 404:
         constants.HF_HUB_DISABLE_XET = True
-    return answer.status_code != 404
+        return False
+    hf_raise_for_status(answer)
+    return True

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError, SourceNotFound
 from quantmill.hub.paths import path_fault
@@ -102,6 +102,25 @@ def token_header(api: HfApi) -> dict[str, str]:
     return {"authorization": f"Bearer {token}"} if token else {}
 
 
+@contextmanager
+def quiet_bars(quiet: bool) -> Iterator[None]:
+    """Where we carry the bytes and count them, huggingface_hub's own bars would stay empty: they are not shown."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if not quiet or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def transport_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub's HTTP client, which has changed its name, raises when a connection fails."""
     from huggingface_hub import get_session
@@ -144,6 +163,22 @@ def _http_error(name: str, error: Exception) -> QuantmillError:
     said = (response.headers.get("X-Error-Message") if response is not None else None) or "no reason given"
     if status in (401, 403):
         return BadRequest(f"the hub refused {name} ({said}): set HF_TOKEN to a token with that right")
+    if status == 429:
+        return QuantmillError(
+            f"the hub takes no more requests from you for now (429 at {name}){_patience(response)}: wait, then "
+            "type the same again; what arrived is not sent or fetched twice"
+        )
+    if status is not None and status >= 500:
+        return QuantmillError(
+            f"the hub is in trouble ({status} at {name}, {said}): type the same again in a few minutes; what "
+            "arrived is not sent or fetched twice"
+        )
     if status == 412:
         return BadRequest(f"somebody else changed {name} meanwhile: type the same again")
     return QuantmillError(f"the hub failed at {name} with {status} ({said}): type the same again later")
+
+
+def _patience(response: Any) -> str:
+    """How long a hub asks to wait."""
+    said = response.headers.get("Retry-After", "")
+    return f", for {said} s" if said.isdecimal() else ""

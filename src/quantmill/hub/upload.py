@@ -28,12 +28,29 @@ Advance = Callable[[int], None]
 
 
 @dataclass(slots=True)
+class Meter:
+    """How much of each object has arrived; an object of two branches counts once."""
+
+    advance: Advance = lambda _: None
+    _counted: dict[str, int] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def reached(self, oid: str, count: int) -> None:
+        """`count` bytes of an object are there; it never goes back."""
+        with self._lock:
+            more = count - self._counted.get(oid, 0)
+            if more > 0:
+                self._counted[oid] = count
+                self.advance(more)
+
+
+@dataclass(slots=True)
 class Uploads:
     """The objects of one repository on their way; the same object of two branches travels once."""
 
     name: str
     api: HfApi
-    advance: Advance = lambda _: None
+    meter: Meter = field(default_factory=Meter)
     _locks: dict[str, threading.Lock] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -55,17 +72,24 @@ class Uploads:
             try:
                 link = self._link(hashes)
                 if link is None:
+                    self.meter.reached(hashes.sha256, hashes.size)
                     return True  # it is there
                 offset = _offset(link)
                 if offset is None:
                     return False
                 fruitless, before = (0 if offset > before else fruitless + 1), offset
-                reply = wire.send_file(link, path, offset, {OFFSET: str(offset)})
+                self.meter.reached(hashes.sha256, offset)
+                reply = wire.send_file(
+                    link,
+                    path,
+                    offset,
+                    {OFFSET: str(offset)},
+                    lambda count: self.meter.reached(hashes.sha256, count),
+                )
             except ConnectionError:
                 fruitless += 1
                 continue
             if reply.status == 200:
-                self.advance(hashes.size - offset)
                 return True
             if reply.status not in (409, 422):
                 return False  # huggingface_hub will meet the same, and say it

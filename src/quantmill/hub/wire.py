@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import http.client
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from quantmill.hub.streams import SocketSource, patient
 
 PATIENCE = 60  # seconds without a byte
+AT_ONCE = 1 << 24  # bytes between two words on how far a file got
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
@@ -63,8 +64,10 @@ def ask(method: str, url: str, headers: Mapping[str, str]) -> Reply:
         return _reply(link.getresponse())
 
 
-def send_file(url: str, path: Path, begin: int, headers: Mapping[str, str]) -> Reply:
-    """PUT the bytes of a file from `begin` on. Raises ConnectionError."""
+def send_file(
+    url: str, path: Path, begin: int, headers: Mapping[str, str], reached: Callable[[int], None]
+) -> Reply:
+    """PUT the bytes of a file from `begin` on; `reached` hears how far it got. Raises ConnectionError."""
     count = path.stat().st_size - begin
     with connection(url) as (link, target), path.open("rb") as stream:
         link.putrequest("PUT", target)
@@ -72,8 +75,9 @@ def send_file(url: str, path: Path, begin: int, headers: Mapping[str, str]) -> R
             link.putheader(name, value)
         link.endheaders()
         try:
-            if count:
-                link.sock.sendfile(stream, begin, count)
+            for offset in range(begin, begin + count, AT_ONCE):
+                link.sock.sendfile(stream, offset, min(AT_ONCE, begin + count - offset))
+                reached(min(offset + AT_ONCE, begin + count))
         except (BrokenPipeError, ConnectionResetError):  # refused in the middle: the answer says why
             pass
         return _reply(link.getresponse())

@@ -24,7 +24,7 @@ def nearest(x):
 def round_columns_kernel(
     target, carried, feedback, scale, zero, codes, errors,
     rows, columns, top,
-    target_row, target_column, carried_row, carried_column, feedback_row,
+    target_row, target_column, carried_row, carried_column, feedback_row, feedback_column,
     scale_row, scale_column, zero_row, zero_column, out_row, out_column,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -38,13 +38,15 @@ def round_columns_kernel(
     t += tl.load((carried + n * carried_row)[:, None] + k[None, :] * carried_column, here, 0.0)
     w = tl.load(target, row_here, 0.0)
     s, z = tl.load(scale, row_here, 1.0), tl.load(zero, row_here, 0.0)
-    a = tl.load(feedback + k, column_here & (k > 0), 0.0)
+    a = tl.load(feedback + k * feedback_column, column_here & (k > 0), 0.0)
     for i in range(columns):
         after = tl.minimum(i + 1, columns - 1)  # what the next column needs comes while this one is worked on
         next_w = tl.load(target + after * target_column, row_here, 0.0)
         next_s = tl.load(scale + after * scale_column, row_here, 1.0)
         next_z = tl.load(zero + after * zero_column, row_here, 0.0)
-        next_a = tl.load(feedback + after * feedback_row + k, column_here & (k > after), 0.0)
+        next_a = tl.load(
+            feedback + after * feedback_row + k * feedback_column, column_here & (k > after), 0.0
+        )
         wanted = tl.sum(tl.where((k == i)[None, :], t, 0.0), 1)
         q = tl.minimum(tl.maximum(nearest(tl.div_rn(wanted, s)) + z, 0.0), top)
         wrong = w - s * (q - z)
@@ -57,7 +59,7 @@ def round_columns_kernel(
 def round_columns_triton(
     target: Tensor, carried: Tensor, feedback: Tensor, scale: Tensor, zero: Tensor, max_code: int
 ) -> tuple[Tensor, Tensor]:
-    """Same arguments and results as `columns.round_columns_torch`; `feedback` with unit rows.
+    """Same arguments and results as `columns.round_columns_torch`; any strides.
 
     Fastest where columns are contiguous in memory; the results are.
     """
@@ -67,7 +69,7 @@ def round_columns_triton(
     round_columns_kernel[(triton.cdiv(rows, ROWS),)](
         target, carried, feedback, scale, zero, codes, errors,
         rows, columns, float(max_code),
-        *target.stride(), *carried.stride(), feedback.stride(0), *scale.stride(), *zero.stride(),
+        *target.stride(), *carried.stride(), *feedback.stride(), *scale.stride(), *zero.stride(),
         *codes.stride(),
         ROWS=ROWS, WIDTH=max(16, triton.next_power_of_2(columns)), num_warps=WARPS,
     )  # fmt: skip

@@ -25,7 +25,8 @@ Block = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Te
 def columns_agree(kernel: Block, device: str = "cuda", rows: int = ROWS) -> bool:
     """Whether the column loop rounds as `round_columns_torch` does."""
     w, carried, scale, zero = _block(device, rows)
-    feedback = _randn(COLUMNS, COLUMNS, device=device).triu(1) * 0.1 + torch.eye(COLUMNS, device=device)
+    lower = _randn(COLUMNS, COLUMNS, device=device).tril(-1) * 0.1 + torch.eye(COLUMNS, device=device)
+    feedback = lower.T  # as it comes: torch's Cholesky factors lie by columns
     return _same_blocks("columns", kernel, round_columns_torch, (w, carried, feedback, scale, zero, 15))
 
 

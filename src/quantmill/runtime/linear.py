@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantmill.kernels import front_door as kernels
 from quantmill.errors import UnsupportedModel
 from quantmill.formats.gptq import tensor_shapes
+from quantmill.kernels import front_door as kernels
 from quantmill.kernels.backend import spec_of
 from quantmill.kernels.reference import dense_weight
 from quantmill.types import PackedLinear, QuantConfig

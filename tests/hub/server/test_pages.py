@@ -11,6 +11,7 @@ from branch_folders import eval_report, quantize_report
 from branch_folders import modules as module_reports
 from hub_folders import CONFIGS, OTHER
 from quantmill.commands.describing import describe
+from quantmill.doctor import fix
 from quantmill.files import write_json
 from quantmill.hub.publish import publish, read_branches
 from quantmill.hub.server.cards import card_html, header_html
@@ -32,6 +33,7 @@ def made(two_branches, tmp_path_factory):
         write_json(folder / branch / "eval_report.json", eval_report(loss, 5.301))
         report = quantize_report(branch, config, module_reports(config))
         write_json(folder / branch / "quantize_report.json", report)
+        fix(folder / branch)  # the report's command holds paths
     describe(folder, "me/pages")
     return folder
 
@@ -42,7 +44,7 @@ def test_the_page_of_a_made_repository(made, hub, online):
     page = body.decode()
     assert kind == "text/html; charset=utf-8"
     row = re.search(rf"<tr><td><a [^>]*>{OTHER}</a>(.*)", page.replace("<tr", "\n<tr"))[1]
-    for cell in (">8<", ">32<", ">yes<", ">0.0005<", ">5.301<"):
+    for cell in (">gptq<", ">8<", ">32<", ">yes<", ">0.0005<", ">5.301<"):
         assert cell in f"{row}<", (cell, row)
     assert page.count("<table>") >= 4  # branches, files, and those of the card
     assert "<h2 id=" in page

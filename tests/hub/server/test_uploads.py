@@ -16,7 +16,7 @@ from quantmill.hub.remote import Hashes, hash_file
 from quantmill.hub.server import repository
 from quantmill.hub.server.refusal import Refusal
 from quantmill.hub.streams import Digest, pump
-from quantmill.hub.upload import Uploads
+from quantmill.hub.upload import Meter, Uploads
 
 SIZE = 3_000_000
 
@@ -65,8 +65,8 @@ def test_a_cut_upload_goes_on_where_it_stopped(hub, model, blob):
     wait_for(lambda: objects(hub).begun(hashes.sha256) == 1_700_000)
     assert upload._offset(link) == 1_700_000
     came = []
-    assert Uploads("me/uploads", model, came.append).send(path, hashes)
-    assert came == [SIZE - 1_700_000]
+    assert Uploads("me/uploads", model, Meter(came.append)).send(path, hashes)
+    assert came == [1_700_000, SIZE - 1_700_000]
     assert objects(hub).path(hashes.sha256).read_bytes() == path.read_bytes()
     assert objects(hub).begun(hashes.sha256) == 0
     assert uploads.send(path, hashes)  # it is there

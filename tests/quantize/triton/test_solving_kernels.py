@@ -7,12 +7,21 @@ import torch
 
 pytest.importorskip("triton.language", reason="triton is not installed")
 
-from quantmill.quantize import columns_triton, descent_triton, grids_triton, refit, refit_triton
+from quantize.test_solver import problem
+from quantmill.quantize import (
+    columns_triton,
+    descent_triton,
+    grids_triton,
+    machines,
+    refit,
+    refit_triton,
+    solver,
+)
 from quantmill.quantize.columns import round_columns_torch
 from quantmill.quantize.descent import descend_block_torch
 from quantmill.quantize.grids import ASYM, ASYM_V1, SYM, Grid, encode, fit_groups_torch, shrink_factors
 from quantmill.quantize.solver import dequantize
-from quantmill.types import IntLinear
+from quantmill.types import ActOrder, IntLinear, QuantConfig
 
 BLOCKS = [(1, 1), (5, 7), (16, 16), (17, 33), (33, 127), (7, 128)]
 
@@ -25,13 +34,15 @@ def grid_of_block(n: int, k: int, bits: int, g: torch.Generator, device: torch.d
     return scale.to(device), zero.to(device)
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("n", "k"), BLOCKS)
-def test_columns(device: torch.device, bits: int, n: int, k: int) -> None:
+def test_columns(device: torch.device, bits: int, n: int, k: int, by_columns: bool) -> None:
     g = torch.Generator().manual_seed(k)
     wide = torch.randn(n, 2 * k, generator=g).to(device)
     target, carried = wide[:, :k], 0.1 * wide[:, k:]
     feedback = (torch.randn(k, k, generator=g).triu(1) * 0.2 + torch.eye(k)).to(device)
+    feedback = feedback.T.contiguous().T if by_columns else feedback  # as torch's Cholesky factors lie
     scale, zero = grid_of_block(n, k, bits, g, device)
     arguments = (target, carried, feedback, scale, zero, 2**bits - 1)
     codes, errors = round_columns_torch(*arguments)
@@ -141,3 +152,26 @@ def test_a_row_without_a_factor_keeps_its_scales() -> None:
     found = refit.best_scales_fast(M, torch.full((2, 3), 2.0), torch.ones(2, 3), 1e-3)
     assert torch.allclose(found[0], torch.full((3,), 2.0), rtol=2e-3)
     assert torch.equal(found[1], torch.ones(3))
+
+
+def test_a_whole_linear_is_solved_as_with_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels where the solver uses them, with matrices laid out as it hands them over."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/quantize/test_cuda.py does this on a GPU")
+    kernels = machines.Machine(
+        "triton",
+        columns_triton.round_columns_triton,
+        grids_triton.fit_groups,
+        descent_triton.descend_block_triton,
+        lambda width: width <= refit_triton.WIDEST,
+    )
+    W, H = problem(24, 96)
+    for order in ActOrder:
+        config = QuantConfig(bits=3, group_size=32, act_order=order)
+        expected = solver.solve(W, H, config)
+        with monkeypatch.context() as patch:
+            for module in (solver, refit):
+                patch.setattr(module, "machine_of", lambda device: kernels)
+            found = solver.solve(W, H, config)
+        assert found.loss == pytest.approx(expected.loss, rel=0.02)
+        assert (found.linear.codes == expected.linear.codes).float().mean() > 0.8

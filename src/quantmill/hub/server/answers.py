@@ -53,7 +53,7 @@ def as_json(
 ) -> Answer:
     """A JSON document."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return Answer(status, {"Content-Type": kind, **(headers or {})}, text.encode())
+    return Answer(status, {"Content-Type": kind, **(headers or {})}, text.encode(errors="replace"))
 
 
 def as_html(text: str) -> Answer:

@@ -19,6 +19,8 @@ from quantmill.hub.server.repository import Change, Entry, Repository
 from quantmill.hub.server.routing import Call, Route, route
 from quantmill.hub.server.store import ATTRIBUTES, FILTER
 
+NO_XET = "this hub has no xet storage, large files go through LFS: set HF_HUB_DISABLE_XET=1"
+CURE = "/api/this-hub-has-no-xet/set/HF_HUB_DISABLE_XET=1"
 INLINE = 32_000_000  # bytes up to which a large file may come in the commit itself
 LONGEST_LINE = 64_000_000  # bytes of a commit's line: a regular file, in base64
 
@@ -312,7 +314,18 @@ def validate_yaml(_: Call) -> Answer:
 def no_xet(call: Call) -> Answer:
     if call.parts["owner"] in names.RESERVED:
         raise no_repository(call.name)
-    raise Refusal(404, "this hub has no xet storage, large files go through LFS: set HF_HUB_DISABLE_XET=1")
+    raise Refusal(404, NO_XET)
+
+
+def to_no_xet(call: Call) -> Answer:
+    """hf_xet shows no message of ours, only the address that failed: so the address is the message."""
+    if call.parts["owner"] in names.RESERVED:
+        raise no_repository(call.name)
+    return Answer(307, {"Location": f"{call.base}{CURE}", "X-Error-Message": NO_XET})
+
+
+def cure(_: Call) -> Answer:
+    raise Refusal(404, NO_XET)
 
 
 def healthy(_: Call) -> Answer:
@@ -338,7 +351,8 @@ _TABLE: dict[str, Callable[[Call], Answer]] = {
     f"DELETE {_MODEL}/branch/{{branch}}": delete_branch,
     f"POST {_MODEL}/preupload/{{revision}}": preupload,
     f"POST {_MODEL}/commit/{{revision}}": commit,
-    f"GET {_MODEL}/xet-write-token/{{revision}}": no_xet,
+    f"GET {_MODEL}/xet-write-token/{{revision}}": to_no_xet,
+    f"GET {CURE}": cure,
     f"GET {_MODEL}/xet-read-token/{{revision}}": no_xet,
 }
 ROUTES: tuple[Route, ...] = tuple(route(line, handler) for line, handler in _TABLE.items())

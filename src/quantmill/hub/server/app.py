@@ -20,6 +20,7 @@ from quantmill.hub.server.store import Store
 
 ROUTES = (*api.ROUTES, *content.ROUTES, *git_http.ROUTES, *pages.ROUTES)
 OFFSET = "upload-offset"  # where a client goes on with an object; the answer to HEAD says where it may
+LONGEST_MESSAGE = 500  # characters
 SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
@@ -82,7 +83,7 @@ class App:
         name = names.repository_name(owner, model)
         if not self.store.links.allows("upload", name, oid, query):
             raise Refusal(403, "this link is not for that, or too old: ask for a new one")
-        folder = self.store.root / "repos" / f"{name}.git"
+        folder = self.store.folder(name)
         if not folder.is_dir():  # deleted since the link was made
             raise no_repository(name)
         objects, size = Repository(folder).objects, int(query["size"])
@@ -103,7 +104,7 @@ class App:
 
 def _refused(refusal: Refusal, request: Request) -> Answer:
     """A refusal in the words of huggingface_hub: it reads the headers, people read the body."""
-    headers = {"X-Error-Message": refusal.message.encode("ascii", "replace").decode()}
+    headers = {"X-Error-Message": _one_line(refusal.message)}
     if refusal.code:
         headers["X-Error-Code"] = refusal.code
     if refusal.commit:
@@ -112,6 +113,11 @@ def _refused(refusal: Refusal, request: Request) -> Answer:
         headers["WWW-Authenticate"] = 'Basic realm="quantmill hub", charset="UTF-8"'
     url = {"url": refusal.url} if refusal.url else {}
     return as_json({"error": refusal.message, **url}, refusal.status, headers)
+
+
+def _one_line(message: str) -> str:
+    """A message as a header may hold it: what a client sent is in it, and could be anything."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in message)[:LONGEST_MESSAGE]
 
 
 def make_app(store: Store, host: str) -> App:

@@ -133,7 +133,7 @@ def download_object(call: Call) -> Answer:
     oid = names.object_id(call.parts["oid"])
     if not call.store.links.allows("download", call.name, oid, call.query):
         raise Refusal(403, "this link is not for that, or too old: ask for a new one")
-    repository = Repository(call.store.root / "repos" / f"{names.repository_name(*call.name.split('/'))}.git")
+    repository = Repository(call.store.folder(call.name))
     return _send_object(call, repository, oid, {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
 

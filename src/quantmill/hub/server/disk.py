@@ -31,6 +31,11 @@ def put(path: Path, data: bytes, mode: int = 0o644) -> None:
         fsync(folder)
 
 
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether no link on the way leads from a folder elsewhere. What is not there yet may be inside."""
+    return os.path.realpath(path) == os.path.join(os.path.realpath(folder), path.relative_to(folder))
+
+
 def make_folders(folder: Path) -> list[Path]:
     """Create `folder` and what is above it. Returns the folders in which a new name has to be flushed."""
     missing = []

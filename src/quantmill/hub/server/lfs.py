@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from quantmill.files import fsync
-from quantmill.hub.server.disk import TEMPORARY, make_folders
+from quantmill.hub.server.disk import TEMPORARY, is_inside, make_folders
 from quantmill.hub.server.refusal import Refusal
 from quantmill.hub.streams import Digest, Source, pump
 
@@ -77,7 +77,10 @@ class Objects:
     folder: Path
 
     def path(self, oid: str) -> Path:
-        return self.folder / oid[:2] / oid[2:4] / oid
+        path = self.folder / oid[:2] / oid[2:4] / oid
+        if not is_inside(self.folder.parent, path):
+            raise Refusal(403, f"a link leads out of the repository at object {oid}")
+        return path
 
     def size(self, oid: str) -> int | None:
         """Bytes of an object, None where there is none. What has a name is whole."""

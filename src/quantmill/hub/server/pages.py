@@ -9,7 +9,7 @@ from html import escape
 from urllib.parse import quote
 
 from quantmill.console import gigabytes
-from quantmill.hub.branches import WEIGHTS, config_of
+from quantmill.hub.branches import GGUF, OURS, WEIGHTS, config_of, method_of
 from quantmill.hub.card_facts import EVAL_REPORT
 from quantmill.hub.server.answers import Answer, as_html
 from quantmill.hub.server.cards import card_html, header_html, quoted
@@ -47,6 +47,7 @@ class Row:
     """A branch in the table."""
 
     name: str
+    method: str
     config: QuantConfig | None
     files: int
     size: int  # bytes
@@ -101,7 +102,8 @@ def model(call: Call) -> Answer:
 def _branches(call: Call, repository: Repository, shown: str) -> str:
     order = sorted(repository.branches().items(), key=lambda item: (item[0] != MAIN, item[0]))
     rows = [_read_row(repository, name, commit) for name, commit in order]
-    head = "<th>branch<th class=n>bits<th class=n>group<th>act order<th>sym<th class=n>size<th class=n>files"
+    head = "<th>branch<th>method<th class=n>bits<th class=n>group<th>act order<th>sym"
+    head += "<th class=n>size<th class=n>files"
     measured = any(row.report for row in rows)
     head += "<th class=n>mean KL<th class=n>perplexity" if measured else ""
     cells = "".join(_cells(call, row, shown, measured) for row in rows)
@@ -115,10 +117,11 @@ def _read_row(repository: Repository, name: str, commit: str) -> Row:
     def read(path: str) -> Json | None:
         return _json(repository, entries.get(path))
 
-    weights = any(path.endswith(WEIGHTS) for path in entries)
-    config = config_of(read, name) if weights else None
+    weights = any(path.endswith((WEIGHTS, GGUF)) for path in entries)
+    method = method_of(read, name, entries) if weights else "-"
+    config = config_of(read, name) if method in OURS else None
     size = sum(e.size for e in entries.values())
-    return Row(name, config, len(entries), size, read(EVAL_REPORT) or {})
+    return Row(name, method, config, len(entries), size, read(EVAL_REPORT) or {})
 
 
 def _json(repository: Repository, entry: Entry | None) -> Json | None:
@@ -135,9 +138,12 @@ def _json(repository: Repository, entry: Entry | None) -> Json | None:
 def _cells(call: Call, row: Row, shown: str, measured: bool) -> str:
     link = _a(quoted(*call.name.split("/"), "tree", row.name), row.name)
     c = row.config
-    said = (str(c.bits), str(c.group_size), _yes(c.desc_act), _yes(c.sym)) if c else ("-",) * 4
-    kinds = (" class=n", " class=n", "", "")
-    parameters = "".join(f"<td{kind}>{value}" for kind, value in zip(kinds, said, strict=True))
+    act_order = _yes(c.desc_act) if c and row.method != "awq" else "-"
+    said = (str(c.bits), str(c.group_size), act_order, _yes(c.sym)) if c else ("-",) * 4
+    kinds = ("", " class=n", " class=n", "", "")
+    parameters = "".join(
+        f"<td{kind}>{value}" for kind, value in zip(kinds, (escape(row.method), *said), strict=True)
+    )
     losses = f"<td class=n>{_number(row, 'mean_kl', 4)}<td class=n>{_number(row, 'perplexity', 3)}"
     mark = " class=here" if row.name == shown else ""
     sizes = f"<td class=n>{gigabytes(row.size)}<td class=n>{row.files}"

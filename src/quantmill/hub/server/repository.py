@@ -67,8 +67,9 @@ class Repository:
     def branches(self) -> dict[str, str]:
         """Branch -> commit, in the order of names."""
         heads = self.folder / "refs/heads"
-        found = {str(p.relative_to(heads)): p for p in sorted(heads.rglob("*")) if p.is_file()}
-        return {n: p.read_text().strip() for n, p in found.items() if disk.TEMPORARY not in n}
+        files = [p for p in sorted(heads.rglob("*")) if p.is_file() and not p.is_symlink()]
+        found = {str(p.relative_to(heads)): p for p in files if disk.TEMPORARY not in p.name}
+        return {n: p.read_text().strip() for n, p in found.items()}
 
     def resolve(self, revision: str) -> str:
         """The commit of a branch or of a commit's name. Raises Refusal (404)."""
@@ -227,7 +228,10 @@ class Repository:
         return self.folder / "objects" / sha[:2] / sha[2:]
 
     def _ref(self, branch: str) -> Path:
-        return self.folder / "refs/heads" / branch
+        ref = self.folder / "refs/heads" / branch
+        if not disk.is_inside(self.folder, ref):
+            raise bad("a link leads out of the repository there")
+        return ref
 
     def _move(self, ref: Path, commit: str) -> None:
         """The one step that readers notice."""

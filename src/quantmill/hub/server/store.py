@@ -66,7 +66,7 @@ class Store:
     def _forget_old_uploads(self) -> None:
         """Uploads that were cut and not gone on with."""
         for name in self.list():
-            for path in Repository(self._folder(name)).objects.all_begun():
+            for path in Repository(self.folder(name)).objects.all_begun():
                 if time.time() - path.stat().st_mtime > FORGET:
                     path.unlink()
 
@@ -74,22 +74,26 @@ class Store:
     def _repos(self) -> Path:
         return self.root / "repos"
 
-    def _folder(self, name: str) -> Path:
-        return self._repos / f"{names.repository_name(*name.split('/', 1))}.git"
+    def folder(self, name: str) -> Path:
+        """Where a repository is, or would be. Raises Refusal (404) where a link leads out of the root."""
+        folder = self._repos / f"{names.repository_name(*name.split('/', 1))}.git"
+        if not disk.is_inside(self._repos, folder):
+            raise no_repository(name)
+        return folder
 
     def list(self) -> list[str]:
         """Names of all repositories."""
-        folders = sorted(self._repos.glob("*/*.git"))
+        folders = (p for p in sorted(self._repos.glob("*/*.git")) if disk.is_inside(self._repos, p))
         return [f"{p.parent.name}/{p.name.removesuffix('.git')}" for p in folders]
 
     def facts(self, name: str) -> dict[str, object]:
         """`private` and `created` of a repository."""
-        facts: dict[str, object] = json.loads((self._folder(name) / FACTS).read_text())
+        facts: dict[str, object] = json.loads((self.folder(name) / FACTS).read_text())
         return facts
 
     def find(self, name: str, account: Account, *, write: bool = False) -> Repository:
         """A repository that this account may use. Raises Refusal: 401, 403 or 404."""
-        folder = self._folder(name)
+        folder = self.folder(name)
         visible = folder.is_dir() and (account.rights or not self.facts(name)["private"])
         if not visible:
             raise (no_repository(name) if account.rights else _who_are_you(name))
@@ -111,7 +115,7 @@ class Store:
             raise Refusal(
                 403, "nothing is private in a hub without tokens: quantmill hub --add-token NAME first"
             )
-        folder = self._folder(name)
+        folder = self.folder(name)
         made = disk.make_folders(folder.parent)
         new = folder.parent / f"{UNBORN}{secrets.token_hex(8)}"
         born = repository.create(new)
@@ -145,7 +149,7 @@ class Store:
     def collect(self) -> tuple[int, int]:
         """Remove what no branch reaches, in a root that nobody serves. Returns objects and bytes removed."""
         with self.served():
-            freed = [Repository(self._folder(name)).collect() for name in self.list()]
+            freed = [Repository(self.folder(name)).collect() for name in self.list()]
         return sum(n for n, _ in freed), sum(size for _, size in freed)
 
 

@@ -68,7 +68,7 @@ def few_product(
     cut: Cut | None = None,
     early: bool | None = None,
 ) -> Tensor:
-    """The product straight from the codes. x (M, K), M <= MOST_FEW, or (M, places) in the linear's order.
+    """The product straight from the codes. x (M, K), M <= MOST_FEW, read through the linear's order if it has one.
 
     Gives what `end` wrote first: y (M, N) in x's dtype without one. `early`: start while the kernel before still
     runs and ask for weights at once (programmatic dependent launch); None: where the GPU can, compute capability

@@ -28,35 +28,7 @@ def build(run: Run) -> None:
     tab = _Quantise(run)
     with gr.Row():
         with gr.Column(min_width=320):
-            source = gr.Textbox(
-                label="Source", placeholder="folder, .gguf file or owner/name", elem_id="source"
-            )
-            out = gr.Textbox(label="Output folder", elem_id="out")
-            variants = gr.Dropdown(
-                OFFERED,
-                value=["4bit-128g"],
-                multiselect=True,
-                allow_custom_value=True,
-                label="Variants",
-                info=f"the classic card: {', '.join(v.branch for v in CARD_GRID)}",
-                elem_id="variants",
-            )
-            dataset = gr.Dropdown(
-                DATASETS,
-                value="python-docs",
-                allow_custom_value=True,
-                label="Calibration text",
-                info="or a file, or a data set's id",
-                elem_id="dataset",
-            )
-            with gr.Row():
-                samples = gr.Number(
-                    128, label="Samples", precision=0, minimum=1, elem_id="samples", min_width=80
-                )
-                seqlen = gr.Number(
-                    2048, label="Tokens each", precision=0, minimum=8, elem_id="seqlen", min_width=80
-                )
-                preset = gr.Dropdown(PRESETS, value="fast", label="Preset", elem_id="q-preset", min_width=80)
+            fields = _fields()
             with gr.Row():
                 look = gr.Button("Plan", elem_id="plan", min_width=80)
                 start = gr.Button("Start", variant="primary", elem_id="start", min_width=80)
@@ -64,28 +36,59 @@ def build(run: Run) -> None:
                 resume = gr.Button("Resume", elem_id="resume", min_width=80)
         with gr.Column(min_width=320):
             table = gr.Dataframe(headers=PLAN_HEAD, value=[], interactive=False, elem_id="plan-table")
-            status = gr.Markdown("Nothing is running.", elem_id="run-status")
-            plot = gr.LinePlot(
-                pd.DataFrame({"block": [], "loss": [], "branch": []}),
-                x="block",
-                y="loss",
-                color="branch",
-                title="Relative loss per block, mean of its linears",
-                height=260,
-                visible=False,  # an empty one draws an infinite scale
-                elem_id="loss-plot",
-            )
-            remarks = gr.Textbox(
-                "", label="What it says", lines=6, max_lines=12, interactive=False, elem_id="remarks"
-            )
-
-    fields = [source, out, variants, dataset, samples, seqlen, preset]
-    shown = [status, plot, remarks]
+            shown = _views()
     look.click(tab.plan, fields, table)
     start.click(tab.start, fields, shown)
     resume.click(tab.resume, fields, shown)
     stop.click(tab.stop, None, shown)
     gr.Timer(EVERY).tick(tab.look, None, shown, show_progress="hidden")
+
+
+def _fields() -> list[Any]:
+    """What the user fills in, in the order of Form's fields."""
+    source = gr.Textbox(label="Source", placeholder="folder, .gguf file or owner/name", elem_id="source")
+    out = gr.Textbox(label="Output folder", elem_id="out")
+    variants = gr.Dropdown(
+        OFFERED,
+        value=["4bit-128g"],
+        multiselect=True,
+        allow_custom_value=True,
+        label="Variants",
+        info=f"the classic card: {', '.join(v.branch for v in CARD_GRID)}",
+        elem_id="variants",
+    )
+    dataset = gr.Dropdown(
+        DATASETS,
+        value="python-docs",
+        allow_custom_value=True,
+        label="Calibration text",
+        info="or a file, or a data set's id",
+        elem_id="dataset",
+    )
+    with gr.Row():
+        samples = gr.Number(128, label="Samples", precision=0, minimum=1, elem_id="samples", min_width=80)
+        seqlen = gr.Number(2048, label="Tokens each", precision=0, minimum=8, elem_id="seqlen", min_width=80)
+        preset = gr.Dropdown(PRESETS, value="fast", label="Preset", elem_id="q-preset", min_width=80)
+    return [source, out, variants, dataset, samples, seqlen, preset]
+
+
+def _views() -> list[Any]:
+    """Status, plot and remarks of the run."""
+    status = gr.Markdown("Nothing is running.", elem_id="run-status")
+    plot = gr.LinePlot(
+        pd.DataFrame({"block": [], "loss": [], "branch": []}),
+        x="block",
+        y="loss",
+        color="branch",
+        title="Relative loss per block, mean of its linears",
+        height=260,
+        visible=False,  # an empty one draws an infinite scale
+        elem_id="loss-plot",
+    )
+    remarks = gr.Textbox(
+        "", label="What it says", lines=6, max_lines=12, interactive=False, elem_id="remarks"
+    )
+    return [status, plot, remarks]
 
 
 class _Quantise:
