@@ -3,7 +3,8 @@
     copy -> file names -> what a base model can give -> tensors -> the two configs -> paths -> hashes -> exchange
 
 What was there stays beside it, under a name with a dot; where nothing changed, nothing is left. Every mend is
-exact: no weight gets another value, though rows and columns may change places together. What cannot be mended so stays a finding of `check`.
+exact: no weight gets another value, though rows and columns may change places together. What cannot be mended so
+stays a finding of `check`.
 """
 
 from __future__ import annotations

@@ -54,7 +54,10 @@ def move_orders(edits: Edits, modules: Iterable[str]) -> Iterator[str]:
     """Yields the modules, of those whose g_idx is permuted, that need no gather afterwards."""
     if edits.checkpoint.config.get("model_type") not in ELEMENTWISE:
         return
-    sizes = dimensions(edits.checkpoint.config)
+    try:
+        sizes = dimensions(edits.checkpoint.config)
+    except BadCheckpoint:  # another rule's finding
+        return
     for name in modules:
         block, _, kind = name.rpartition(".")
         if kind in MOVES and MOVES[kind](edits, block, sizes):

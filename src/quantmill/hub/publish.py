@@ -21,6 +21,7 @@ from quantmill.console import gigabytes
 from quantmill.doctor import check
 from quantmill.doctor.private import cleaned, telling_texts
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError
+from quantmill.hub import wire
 from quantmill.hub.card_facts import branch_folders, read_branch
 from quantmill.hub.paths import path_fault
 from quantmill.hub.remote import (
@@ -154,7 +155,10 @@ def publish(
         with ThreadPoolExecutor(WORKERS) as pool:
             compared = list(pool.map(lambda b, local: _compare(b, local, name, api), branches, hashed))
         total = _announce(compared, notify)
-        with quiet_bars(ours), (track if ours else untracked)(total) as advance:
+        counted = ours and wire.is_direct(
+            api.endpoint
+        )  # else huggingface_hub carries the bytes, and counts them
+        with quiet_bars(counted), (track if counted else untracked)(total) as advance:
             meter = Meter(advance)
             uploads = Uploads(name, api, meter) if ours else None
             with ThreadPoolExecutor(WORKERS) as pool:
