@@ -155,7 +155,7 @@ def _convert_into(target: Path, path: Path, notify: Notify, packed: bool) -> Non
 
 def _from_hub(name: str, branch: str | None, files: Files) -> Path:
     """The snapshot folder of one branch in the shared cache, fetched as far as it is not there."""
-    from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     asked = f"{name}:{branch}" if branch else name
     try:
@@ -186,10 +186,6 @@ def _from_hub(name: str, branch: str | None, files: Files) -> Path:
             f"{asked} holds no config.json; a .gguf file of it can be downloaded and named instead"
         )
     if files == "model" and not any(folder.glob("*.safetensors")):
-        if constants.HF_HUB_OFFLINE:
-            raise SourceNotFound(
-                f"HF_HUB_OFFLINE is set, and the cache holds no weights of {asked}: unset it"
-            )
         raise SourceNotFound(
             f"{asked} holds no .safetensors file, and pickled weights are never opened: name another"
         )
@@ -198,7 +194,7 @@ def _from_hub(name: str, branch: str | None, files: Files) -> Path:
 
 def _branches(name: str) -> str:
     """The branches of a repository for an error message: the hub's, or those in the cache."""
-    from huggingface_hub import HfApi, errors, scan_cache_dir
+    from huggingface_hub import HfApi, constants, errors, scan_cache_dir
 
     try:
         return f"; it has {_listed([ref.name for ref in HfApi().list_repo_refs(name).branches])}"
@@ -206,7 +202,9 @@ def _branches(name: str) -> str:
         pass
     try:
         cached = [
-            repo for repo in scan_cache_dir().repos if repo.repo_id == name and repo.repo_type == "model"
+            repo
+            for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos
+            if repo.repo_id == name and repo.repo_type == "model"
         ]
     except errors.CacheNotFound:
         return ""

@@ -119,10 +119,13 @@ def _refuse_telling(folders: Sequence[Path]) -> None:
     """No path of the maker's disk leaves it."""
     for folder in folders:
         if papers := cleaned(folder):
-            doomed = " ".join(shlex.quote(str(f)) for f in folders if cleaned(f))
+            others = [str(f) for f in folders if cleaned(f)]
+            fix = f"quantmill check --fix {shlex.quote(others[0])}"
+            if len(others) > 1:
+                listed = " ".join(map(shlex.quote, others))
+                fix = f"for d in {listed}; do quantmill check --fix $d; done"
             raise BadCheckpoint(
-                f"{folder}/{next(iter(papers))} holds paths of this machine: type "
-                f"'for d in {doomed}; do quantmill check --fix $d; done', then publish again"
+                f"{folder}/{next(iter(papers))} holds paths of this machine: first type  {fix}"
             )
         if texts := telling_texts(folder):
             cure = f"type quantmill card {folder} again" if texts[0] == CARD else "take it out"
