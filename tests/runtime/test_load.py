@@ -178,9 +178,9 @@ def test_unknown_architecture(folder):
 
 
 def test_another_method_is_refused_before_transformers_asks_for_packages(folder):
-    quant = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    quant = {"quant_method": "hqq", "bits": 4, "group_size": 32}
     edit_json(folder / "config.json", quantization_config=quant)
-    with pytest.raises(UnsupportedModel, match="quant_method is 'awq'"):
+    with pytest.raises(UnsupportedModel, match="quant_method is 'hqq'"):
         load_model(folder, device="cpu")
 
 

@@ -103,10 +103,7 @@ class Download:
     """One download in a thread of its own; cancelling keeps what has come, the next try goes on from there."""
 
     def __init__(self, asked: str) -> None:
-        name, branch = split_branch(asked.strip())
-        if name.count("/") != 1 or ":" in name:
-            raise BadRequest(f"{asked!r} is no repository: write owner/name or owner/name:branch")
-        self.name, self.branch = name, branch
+        self.name, self.branch = _repository(asked)
         self._reports: SimpleQueue[Fetching | BaseException] = SimpleQueue()
         self._cancelled = threading.Event()
 
@@ -166,9 +163,7 @@ def branch_rows(asked: str) -> tuple[str, list[list[str]], str | None]:
     from quantmill.hub.branches import read_branches
     from quantmill.hub.machine import this_machine
 
-    name, _ = split_branch(asked.strip())
-    if name.count("/") != 1:
-        raise BadRequest(f"{asked!r} is no repository: write owner/name or owner/name:branch")
+    name, _ = _repository(asked)
     found = read_branches(name, HfApi(), this_machine())
     rows = []
     for b in found:
@@ -177,6 +172,20 @@ def branch_rows(asked: str) -> tuple[str, list[list[str]], str | None]:
         fixed = [str(c.bits), str(c.group_size), "yes" if c.desc_act else "no"] if c else ["", "", ""]
         rows.append([b.name, *fixed, gigabytes(b.size), kl, b.fits, "★" if b.best else ""])
     return name, rows, next((b.name for b in found if b.best), None)
+
+
+def _repository(asked: str) -> tuple[str, str | None]:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    name, branch = split_branch(asked.strip())
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if name.count("/") != 1:
+        raise BadRequest(f"{asked!r} is no repository: write owner/name or owner/name:branch")
+    return name, branch
 
 
 def choices(started_with: Sequence[str]) -> list[str]:
