@@ -26,6 +26,7 @@ def test_compiles(capability):
     assert run.returncode == 0, run.stderr[-2000:]
     shared = json.loads(run.stdout)
     assert {name.split()[0] for name in shared} == {
+        "start",
         "rows",
         "tile",
         "cache",
