@@ -22,6 +22,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantmill.kernels.triton.codes import class_of, minus_pair, pair, plane_ptx, planes, powers, words_in
 
+# Triton 3.9 gave both new names and took the old ones away.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 
 @triton.constexpr_function
 def mma_ptx(bf16):
@@ -446,7 +450,7 @@ def few_kernel(
         row = gl.minimum(first_row + which % NT * 8 + i4 // 16, M - 1)
         k = (part_here * WK + w4) * (MINE * PER_UNIT) + which // NT
         mask = (which < MINE * PER_UNIT * NT) & (k < BLOCKS) & (i4 >= 0)
-        async_copy.async_copy_global_to_shared(held, x + row * stride + k * 16 + in_block, mask=mask)
+        load_async(held, x + row * stride + k * 16 + in_block, mask=mask)
         async_copy.commit_group()
         async_copy.wait_group(0)
     else:
@@ -540,10 +544,10 @@ def few_kernel(
     if SPLIT:
         to = sums + turn.to(gl.int64) * (PARTS * XB * RB) + i[:, None] * RB + j[None, :]
         gl.store(to + part_here * (XB * RB), out)
-        gl.thread_barrier()  # all of this program's sums are written before it reports
+        barrier()  # all of this program's sums are written before it reports
         if gl.atomic_add(arrived + turn, 1, sem="acq_rel") != PARTS - 1:
             return
-        gl.thread_barrier()
+        barrier()
         out = gl.load(to, cache_modifier=".cg")
         for q in gl.static_range(1, PARTS):
             out += gl.load(to + q * (XB * RB), cache_modifier=".cg")

@@ -23,6 +23,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantmill.kernels.triton.expand import by_register, columns_of, pairs_at, plane_of
 
+# Triton 3.9 gave both new names and took the old ones away.
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 
 @gluon.jit
 def _half(
@@ -95,7 +99,7 @@ def wide_kernel(
     held = gl.allocate_shared_memory(KIND, [STAGES, BT, 64], LINES)
     made = gl.allocate_shared_memory(KIND, [3, ROWS, 64], LINES)
     for i in gl.static_range(STAGES - 2):
-        async_copy.async_copy_global_to_shared(held.index(i), x_at + i * 64)
+        load_async(held.index(i), x_at + i * 64)
         async_copy.commit_group()
     acc = gl.zeros([ROWS, BT], gl.float32, ACC)
     for start in range(0, LENGTH, AHEAD):
@@ -123,14 +127,12 @@ def wide_kernel(
                 ring = ring + (gl.load(to, eviction_policy="evict_first"),)
             async_copy.wait_group(STAGES - 3)
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             acc = warpgroup_mma(tiles, held.index(unit % STAGES).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             # all warps are behind the barrier, so what was read two units ago may be written over
             ahead = gl.minimum(unit + STAGES - 2, LENGTH - 1)
-            async_copy.async_copy_global_to_shared(
-                held.index((unit + STAGES - 2) % STAGES), x_at + ahead * 64
-            )
+            load_async(held.index((unit + STAGES - 2) % STAGES), x_at + ahead * 64)
             async_copy.commit_group()
     out = warpgroup_mma_wait(0, deps=[acc])
     async_copy.wait_group(0)
@@ -139,10 +141,10 @@ def wide_kernel(
         to = sums + turn.to(gl.int64) * (PARTS * ROWS * BT) + row
         to = to + gl.arange(0, BT, gl.SliceLayout(0, ACC))[None, :]
         gl.store(to + part * (ROWS * BT), out)
-        gl.thread_barrier()  # all of this program's sums are written before it reports
+        barrier()  # all of this program's sums are written before it reports
         if gl.atomic_add(arrived + turn, 1, sem="acq_rel") != PARTS - 1:
             return
-        gl.thread_barrier()
+        barrier()
         out = gl.load(to, cache_modifier=".cg")
         for q in gl.static_range(1, PARTS):
             out += gl.load(to + q * (ROWS * BT), cache_modifier=".cg")
