@@ -107,7 +107,24 @@ class CompressedTensorsConfig(QuantizationConfigMixin):
         return module_config(self.file_keys, name)
 
 
-class GptqQuantizer(HfQuantizer):
+class QuantLinearQuantizer(HfQuantizer):
+    """What a model of QuantLinears can do, whatever layout it was read from."""
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: ordinary linears with the dequantised weights."""
+        for name, layer in quant_linears(model).items():
+            model.set_submodule(name, layer.to_linear(dtype or model.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class GptqQuantizer(QuantLinearQuantizer):
     """Puts a QuantLinear wherever the checkpoint has a `qweight`, then lets Transformers load the buffers."""
 
     quantization_config: GPTQConfig
@@ -144,21 +161,8 @@ class GptqQuantizer(HfQuantizer):
             log.info("%s", chosen)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """`model.dequantize()`: ordinary linears with the dequantised weights."""
-        for name, layer in quant_linears(model).items():
-            model.set_submodule(name, layer.to_linear(dtype or model.dtype))
-        return model
 
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-
-class ForeignQuantizer(HfQuantizer):
+class ForeignQuantizer(QuantLinearQuantizer):
     """Lets Transformers load the tensors of a foreign layout as they are, then rearranges them."""
 
     quantization_config: AwqConfig | CompressedTensorsConfig
@@ -178,18 +182,6 @@ class ForeignQuantizer(HfQuantizer):
         if chosen := prepare_linears(model, model.dtype):
             log.info("%s", chosen)
         return model
-
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        for name, layer in quant_linears(model).items():
-            model.set_submodule(name, layer.to_linear(dtype or model.dtype))
-        return model
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
 
 
 def foreign_layers(headers: Headers, config: AwqConfig | CompressedTensorsConfig) -> dict[str, ForeignLinear]:
