@@ -18,8 +18,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -144,11 +146,14 @@ def theirs(
     original: torch.nn.Module, source: Path, mix: str, matrix: dict[str, Tensor], ggml: Ggml
 ) -> dict[str, Tensor]:
     facts = json.loads((source / "config.json").read_text())
-    weights = {}
-    for module, kind in tensor_types(facts, mix).items():
-        name = f"{module}.weight"
-        weights[name] = ggml(original.get_parameter(name).data.cpu(), kind, matrix.get(module))
-    return weights
+
+    def one(module: str, kind: gguf.BlockType) -> Tensor:
+        return ggml(original.get_parameter(f"{module}.weight").data.cpu(), kind, matrix.get(module))
+
+    types = tensor_types(facts, mix)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ctypes lets other threads run
+        found = pool.map(one, types.keys(), types.values())
+        return {f"{module}.weight": weight for module, weight in zip(types, found, strict=True)}
 
 
 def ours(

@@ -28,6 +28,7 @@ from quantmill.quantize import calibration, memory
 from quantmill.quantize.arithmetic import tensor_cores
 from quantmill.quantize.job import BlockFinished, Job, rows_share
 from quantmill.quantize.pipeline import peak_ram_bytes, quantize
+from quantmill.quantize.presets import recipe_of
 from quantmill.types import CalibrationSet
 
 MISTRAL_7B = {
@@ -162,7 +163,8 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
         device="cuda",
         **limits,
     )
-    load = memory.load_of(config, variants, asked.samples, asked.seqlen, "cuda")
+    two = any(recipe_of(asked.preset, v).two_streams for v in variants)
+    load = memory.load_of(config, variants, asked.samples, asked.seqlen, "cuda", two)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -202,12 +204,21 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
 
 
 def profiled(run):
+    """What `run` returns; prints the kernels it spent its time in, and the torch operators that started them."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
         done = run()
-    rows = sorted(prof.key_averages(), key=lambda e: -e.self_device_time_total)[:32]
-    print("\n".join(f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:6} x {e.key[:70]}" for e in rows))
+    events = prof.key_averages()
+    for kind, rows in (
+        ("kernels", [e for e in events if e.device_type == DeviceType.CUDA]),
+        ("operators", [e for e in events if e.device_type == DeviceType.CPU and e.self_device_time_total > 0]),
+    ):
+        rows = sorted(rows, key=lambda e: -e.self_device_time_total)
+        print(f"{kind}: {sum(e.self_device_time_total for e in rows) / 1e3:.0f} ms on the GPU")
+        for e in rows[:24]:
+            print(f"{e.self_device_time_total / 1e3:9.1f} ms {e.count:6} x {e.key[:90]}")
     return done
 
 

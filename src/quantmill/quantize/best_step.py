@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quantmill.architectures import LinearGroup
 from quantmill.checkpoint import Checkpoint
 from quantmill.formats.gptq import pack, unpack
+from quantmill.quantize.arithmetic import matmul_dtype
 from quantmill.quantize.best import held_lanes, replay_block, solve_block
 from quantmill.quantize.block_tuning import tune_block
 from quantmill.quantize.distill import distill
@@ -57,6 +58,8 @@ class BestStep:
         self.config = stream.variant.config
         assert stream.original is not None, "this recipe compares two streams"
         self.original = stream.original
+        on_gpu = stream.hidden.device.type == "cuda"  # a CPU's sixteen bits gain nothing beside the solving
+        self.matmul_dtype = matmul_dtype(stream.hidden.device) if on_gpu else torch.float32
         self.pairs = [Pair(q, o) for q, o in zip(stream.hidden, self.original, strict=True)]
 
     def solve(self, on_event: OnEvent) -> SolvedBlock:
@@ -71,6 +74,7 @@ class BestStep:
             self.recipe,
             lambda report: on_event(ModuleSolved(branch, report)),
             self.prefix,
+            self.matmul_dtype,
         )
         linears, norms, reports, after = solved.linears, {}, solved.reports, solved.pairs
         if self.tune:
@@ -95,7 +99,7 @@ class BestStep:
             for name, tensor in kept.tensors.items()
             if name.endswith(".weight")
         }
-        after = replay_block(self.block, self.groups, self.pairs, self.frames, linears)
+        after = replay_block(self.block, self.groups, self.pairs, self.frames, linears, self.matmul_dtype)
         if norms:
             after = self._send(linears, norms, [p.original for p in after])
         self._go_on(after)
@@ -108,7 +112,7 @@ class BestStep:
         before = {name: self.block.get_parameter(f"{name}.weight").detach() for name in norms}
         for name, weight in norms.items():
             _set_weight(self.block, name, weight.float().to(before[name].device))
-        after = replay_block(self.block, self.groups, self.pairs, self.frames, linears)
+        after = replay_block(self.block, self.groups, self.pairs, self.frames, linears, self.matmul_dtype)
         for name, weight in before.items():
             _set_weight(self.block, name, weight)
         return [Pair(a.quantised, o) for a, o in zip(after, originals, strict=True)]

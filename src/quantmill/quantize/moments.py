@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantmill.quantize.arithmetic import add_products
 from quantmill.quantize.hessian import Hessian
 
 
@@ -41,11 +42,13 @@ class Moments:
     def add(self, x: Tensor, original: Tensor, residual_gap: Tensor | None) -> None:
         """x and original (..., K): inputs in both streams; residual_gap (..., hidden): r_o - r, or None."""
         self.hessian.add(x)
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.cross.addmm_(original.reshape(rows.shape).float().T, rows)
+        rows = x.reshape(-1, x.shape[-1])
+        add_products(self.cross, original.reshape(rows.shape), rows)
         if residual_gap is not None:
-            gap = residual_gap.reshape(len(rows), -1).float().T @ rows
-            self.mismatch = gap if self.mismatch is None else self.mismatch.add_(gap)
+            gap = residual_gap.reshape(len(rows), -1).to(rows.dtype)
+            if self.mismatch is None:
+                self.mismatch = torch.zeros(gap.shape[1], rows.shape[1], device=rows.device)
+            add_products(self.mismatch, gap, rows)
 
     @property
     def tokens(self) -> int:

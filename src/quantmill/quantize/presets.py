@@ -34,6 +34,7 @@ class Schedule:
     steps: int
     rate: float
     norm_rate: float
+    code_rate: float = 0.0  # of the codes, in steps of the grid; 0: they stay as solved
     warmup: float = 0.05
 
 

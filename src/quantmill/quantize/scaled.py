@@ -1,8 +1,10 @@
-"""A linear with fixed codes whose scales can be trained: what block tuning and distillation move.
+"""A linear whose scales, and codes if asked, can be trained: what block tuning and distillation move.
 
 Scales are trained as s (1 + d) with d starting at 0, so that one learning rate fits all of them. Norms are
-trained alike. Memory: the codes as int8 and one dequantised linear at a time; nothing of a linear's size is
-kept for the backward pass.
+trained alike. Codes are trained as real numbers in steps of the grid that start where they were solved; every
+product sees them rounded, and the gradient passes as if it had not (straight through, Bengio et al. 2013,
+arXiv:1308.3432). Memory: the codes as int8, or 16 bytes each where they are trained, and one dequantised
+linear at a time; nothing of a linear's size is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -18,31 +20,41 @@ from quantmill.types import IntLinear
 
 
 class _Multiply(torch.autograd.Function):
-    """y = x W^T with W = s[g] * centred, differentiable in x and s."""
+    """y = x W^T with W = s[g] * round(latent), differentiable in x, s and, straight through, the latent codes."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: Tensor, centred: Tensor, g: Tensor, dtype: torch.dtype
+        ctx: Any, x: Tensor, scales: Tensor, latent: Tensor, g: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(x, scales, centred, g)
+        ctx.save_for_backward(x, scales, latent, g)
         ctx.dtype = dtype
-        W = (scales[:, g] * centred).to(dtype)
+        W = (scales[:, g] * _whole(latent)).to(dtype)
         return nn.functional.linear(x.to(dtype), W).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scales, centred, g = ctx.saved_tensors
-        dy = grads[0].to(ctx.dtype)
-        dx = (dy @ (scales[:, g] * centred).to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dW = dy.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)
-        ds = torch.zeros_like(scales).index_add_(1, g, dW.float() * centred)
-        return dx, ds, None, None, None
+        x, scales, latent, g = ctx.saved_tensors
+        dy, centred, steps = grads[0].to(ctx.dtype), _whole(latent), scales[:, g]
+        dx = (dy @ (steps * centred).to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dW = (dy.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)).float()
+        ds = torch.zeros_like(scales).index_add_(1, g, dW * centred)
+        return dx, ds, dW * steps if ctx.needs_input_grad[2] else None, None, None
+
+
+def _whole(latent: Tensor) -> Tensor:
+    """Latent codes as they multiply: whole numbers."""
+    return latent.round() if latent.is_floating_point() else latent
 
 
 class ScaledLinear(nn.Module):
-    """Stands in for a linear: codes and zeros as solved, scales with a trainable relative change."""
+    """Stands in for a linear: zeros as solved, scales with a trainable relative change.
 
-    def __init__(self, linear: IntLinear, bias: Tensor | None, dtype: torch.dtype) -> None:
+    With `max_code` the codes (0 to max_code) are trained, too: as `latent` (N, K) float32, less the zeros.
+    """
+
+    def __init__(
+        self, linear: IntLinear, bias: Tensor | None, dtype: torch.dtype, max_code: int | None = None
+    ) -> None:
         super().__init__()
         self.solved, self.dtype = linear, dtype
         self.g = linear.g_idx.long()
@@ -54,18 +66,32 @@ class ScaledLinear(nn.Module):
         self.scales = linear.scales.float()
         self.bias = bias
         self.change = nn.Parameter(torch.zeros_like(self.scales))
+        self.max_code, self.latent = max_code, None
+        if max_code is not None:
+            self.latent = nn.Parameter(self.centred.float())
 
     def forward(self, x: Tensor) -> Tensor:
         multiply: Any = _Multiply.apply  # untyped in torch
-        y: Tensor = multiply(x, self.scales * (1 + self.change), self.centred, self.g, self.dtype)
+        codes = self.centred if self.latent is None else self.latent
+        y: Tensor = multiply(x, self.scales * (1 + self.change), codes, self.g, self.dtype)
         return y if self.bias is None else y + self.bias
+
+    def confine(self) -> None:
+        """Bring latent codes back to the grid's ends: called after every step, so that none is lost beyond them."""
+        if self.latent is not None and self.max_code is not None:
+            zeros = self.solved.zeros.float()[:, self.g]
+            self.latent.copy_(torch.minimum(torch.maximum(self.latent, -zeros), self.max_code - zeros))
 
     def stored(self) -> IntLinear:
         """The linear as it would be packed now; a scale that left float16's range keeps its old value."""
         new = (self.scales * (1 + self.change.detach())).half()
         usable = torch.isfinite(new) & (new != 0)
-        old = self.solved
-        return IntLinear(old.codes, torch.where(usable, new, old.scales), old.zeros, old.g_idx)
+        old, codes = self.solved, self.solved.codes
+        if self.latent is not None:
+            codes = (self.latent.detach().round().to(torch.int16) + old.zeros.to(torch.int16)[:, self.g]).to(
+                torch.uint8
+            )
+        return IntLinear(codes, torch.where(usable, new, old.scales), old.zeros, old.g_idx)
 
 
 class ScaledNorm(nn.Module):
@@ -91,11 +117,21 @@ Trainable = dict[str, ScaledLinear | ScaledNorm]
 
 @contextmanager
 def trainable(
-    root: nn.Module, linears: Mapping[str, IntLinear], norms: tuple[str, ...], dtype: torch.dtype
+    root: nn.Module,
+    linears: Mapping[str, IntLinear],
+    norms: tuple[str, ...],
+    dtype: torch.dtype,
+    max_codes: Mapping[str, int] | None = None,
 ) -> Iterator[Trainable]:
-    """`root` with the named linears and norms replaced for as long as the `with` lasts."""
+    """`root` with the named linears and norms replaced for as long as the `with` lasts.
+
+    With `max_codes`, the largest code of every linear, codes are trained, too.
+    """
     originals = {name: root.get_submodule(name) for name in (*linears, *norms)}
-    new: Trainable = {n: ScaledLinear(q, _bias(originals[n]), dtype) for n, q in linears.items()}
+    new: Trainable = {
+        n: ScaledLinear(q, _bias(originals[n]), dtype, max_codes[n] if max_codes else None)
+        for n, q in linears.items()
+    }
     new |= {n: ScaledNorm(originals[n]) for n in norms}
     for name in new:
         _set(root, name, new[name])

@@ -47,13 +47,7 @@ def tune(
     seed: int = 0,
 ) -> Tuned:
     """Train the changes in `modules`; afterwards they hold the state with the least held-out loss."""
-    linears = [m.change for m in modules.values() if isinstance(m, ScaledLinear)]
-    norms = [m.change for m in modules.values() if not isinstance(m, ScaledLinear)]
-    optimiser = torch.optim.Adam(
-        [{"params": linears, "rate": schedule.rate}, {"params": norms, "rate": schedule.norm_rate}],
-        lr=schedule.rate,
-        betas=(0.9, 0.95),
-    )
+    optimiser = torch.optim.Adam(_rates(modules, schedule), lr=schedule.rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     before = best = _judge(modules, held_loss, held_batches)
     kept, at = _snapshot(modules), 0
@@ -67,6 +61,9 @@ def tune(
             loss: Any = fit_loss(order.pop())  # backward is untyped in torch
             loss.backward()
         optimiser.step()
+        with torch.no_grad():
+            for linear in changed_scales(modules).values():
+                linear.confine()
         if step % LOOK == 0 or step == schedule.steps:
             now = _judge(modules, held_loss, held_batches)
             if now < best:
@@ -75,30 +72,49 @@ def tune(
     return Tuned(before, best, at)
 
 
+def _rates(modules: Trainable, schedule: Schedule) -> list[dict[str, Any]]:
+    linears = list(changed_scales(modules).values())
+    norms = [m.change for m in modules.values() if isinstance(m, ScaledNorm)]
+    codes = [m.latent for m in linears if m.latent is not None]
+    return [
+        {"params": [m.change for m in linears], "rate": schedule.rate},
+        {"params": norms, "rate": schedule.norm_rate},
+        *([{"params": codes, "rate": schedule.code_rate}] if codes else []),
+    ]
+
+
 def _pace(done: float, warmup: float) -> float:
     """Share of the full learning rate: a linear rise, then a cosine down to nothing."""
     rise = min(1.0, done / warmup) if warmup else 1.0
     return rise * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _snapshot(modules: Trainable) -> list[Tensor]:
-    return [m.change.detach().clone() for m in modules.values()]
+def _snapshot(modules: Trainable) -> list[tuple[Tensor, Tensor | None]]:
+    """Changes of scales and norms, and codes as they are rounded."""
+    latents = [m.latent if isinstance(m, ScaledLinear) else None for m in modules.values()]
+    return [
+        (m.change.detach().clone(), None if u is None else u.detach().round().to(torch.int16))
+        for m, u in zip(modules.values(), latents, strict=True)
+    ]
 
 
-def _restore(modules: Trainable, kept: Sequence[Tensor]) -> None:
+def _restore(modules: Trainable, kept: Sequence[tuple[Tensor, Tensor | None]]) -> None:
     with torch.no_grad():
-        for module, change in zip(modules.values(), kept, strict=True):
+        for module, (change, codes) in zip(modules.values(), kept, strict=True):
             module.change.copy_(change)
+            if codes is not None and isinstance(module, ScaledLinear) and module.latent is not None:
+                module.latent.copy_(codes)
 
 
 def _judge(modules: Trainable, held_loss: BatchLoss, batches: int) -> float:
     """Mean held-out loss with everything rounded as it would be stored."""
-    exact = _snapshot(modules)
+    exact = [m.change.detach().clone() for m in modules.values()]
     with torch.no_grad():
         for module in modules.values():
             _round_as_stored(module)
         total = sum(float(held_loss(i)) for i in range(batches))
-    _restore(modules, exact)
+        for module, change in zip(modules.values(), exact, strict=True):
+            module.change.copy_(change)
     return total / max(1, batches)
 
 

@@ -18,6 +18,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from quantmill.architectures import LinearGroup
+from quantmill.quantize.arithmetic import product
 from quantmill.quantize.moments import Moments
 
 RESIDUAL_WRITERS = frozenset({"o", "down"})  # groups whose output is added to the residual stream as it is
@@ -59,13 +60,15 @@ class PairTap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         owner, lane = self.owner[0], getcurrent()
         assert isinstance(lane, Lane), "a tap was called outside of a lane"
+        if x.device.type != "cpu":
+            x = x.to(owner.matmul_dtype)  # rounded once, for the moments and for the product
         group = owner.group_of[self.name]
         if group.name not in owner.passed:
             conductor = lane.parent
             assert conductor is not None, "lanes have the conductor for a parent"
             conductor.switch((group, x, lane.residual))
         weight = self.source if lane.original else self.current
-        y = nn.functional.linear(x.to(owner.matmul_dtype), weight).to(x.dtype)
+        y = product(x, weight)
         y = y if self.linear.bias is None else y + self.linear.bias
         if group.name in RESIDUAL_WRITERS:
             lane.residual = lane.residual + y
