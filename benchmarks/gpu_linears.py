@@ -96,10 +96,11 @@ def error(x: Tensor, packed: PackedLinear, y: Tensor) -> float:
 def path(first: RunnableLinear, rows: int) -> str:
     """What `matmul` does with so many rows."""
     t = first.tiled
-    if rows <= tuning.MOST_FEW:
-        return str(tuning.cut_for(t, rows))
-    cut = tuning.wide_cut(t, rows) if has_wide(t.words.device) else None
-    return "dense copy" if cut is None else str(cut)
+    few = rows <= tuning.same_bits_up_to()
+    cut = tuning.wide_cut(t, rows) if has_wide(t.words.device) and not few else None
+    if cut is not None:
+        return str(cut)
+    return str(tuning.cut_for(t, rows)) if rows <= tuning.MOST_FEW else "dense copy"
 
 
 def shape_rows(
@@ -202,7 +203,10 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="+", default=["4,128"], metavar="BITS,GROUP[,act][,asym]")
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096],
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--tune", action="store_true")

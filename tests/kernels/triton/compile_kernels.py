@@ -17,6 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from quantmill.kernels.triton import linear, tuning
 from quantmill.kernels.triton.expand import dense_kernel
 from quantmill.kernels.triton.few import few_kernel
+from quantmill.kernels.triton.held import held_kernel
 from quantmill.kernels.triton.packing import TiledLinear, tile_shape
 from quantmill.kernels.triton.repack import dequantise_kernel, repack_kernel
 from quantmill.kernels.triton.wide import wide_kernel
@@ -68,15 +69,30 @@ def few(capability: int, tiled: TiledLinear, rows: int, dtype: torch.dtype, end:
     return compiled(few_kernel, linear._constants(tiled, x, cut) | extra, capability, types)
 
 
-def wide(tiled: TiledLinear, rows: int, name: str):
+def held(capability: int, tiled: TiledLinear, end: int):
+    cut = tuning.Cut(16, 8, 4, 2, 1, 1, 1, True, True, False, 1)
+    x = torch.empty(16, tiled.in_features, dtype=torch.float16, device="meta")
+    types = {
+        "x": "*i32",
+        "words": "*i32",
+        "scales": "*i32",
+        "zeros": "*i32",
+        "y": "*fp32" if end == 2 else "*fp16",
+    }
+    extra = {"END": end, "COUNT": 64 if end else 0, "HAS_POSITION": end > 0, "PDL": capability >= 90}
+    constants = linear.staying_constants(linear._constants(tiled, x, cut)) | extra
+    return compiled(held_kernel, constants, capability, types)
+
+
+def wide(tiled: TiledLinear, rows: int, dtype: torch.dtype):
+    from triton.experimental.gluon import language as gl
+
     cut = tuning.rule_wide(tiled, rows)
-    constants = {
-        "UNITS": tiled.units, "GROUP_PLANES": tiled.shape.group_planes, "HAS_ZERO": tiled.zeros is not None,
-        "HAS_BIAS": True, "BF16": name == "bf16", "PARTS": cut.parts, "WARPS": cut.warps, "BT": cut.rows,
-        "REPS": cut.tiles, "AHEAD": cut.ahead, "STAGES": cut.stages, "PDL": True, "num_warps": cut.warps,
-    }  # fmt: skip
-    types = {"x": f"*{name}", "y": f"*{name}", "words": "*i16", "scales": "*i16", "zeros": "*i16"}
-    return compiled(wide_kernel, constants, 90, types)
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    x = f"tensordesc<{name}[{cut.rows}, {tuning.STEP}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+    types = {"x": x, "y": f"*{name}", "words": "*i16", "scales": "*i16", "zeros": "*i16"}
+    extra = {"HAS_BIAS": True, "PDL": True, "SPLIT": rows <= 64}
+    return compiled(wide_kernel, linear._wide_constants(tiled, dtype, cut) | extra, 90, types)
 
 
 def dense(capability: int, tiled: TiledLinear, name: str):
@@ -103,9 +119,12 @@ def main() -> None:
         report[f"few {bits} {group} 1"] = few(capability, plain, 1, torch.float16, 1)
         report[f"few {bits} {group} 16"] = few(capability, extra, 16, torch.bfloat16, 0)
         report[f"few {bits} {group} 32"] = few(capability, plain, 32, torch.float16, 2)
+    for end, bits in enumerate((4, 3, 8)):
+        report[f"held {bits}"] = held(capability, shapeless(bits, 32, end == 0), end)
     if capability == 90:
-        for rows, group, name in ((128, 128, "fp16"), (256, 32, "bf16"), (512, -1, "fp16")):
-            report[f"wide {rows}"] = wide(shapeless(4, group, name == "bf16"), rows, name)
+        for bits, group, rows in ((4, 128, 32), (3, 128, 64), (2, 32, 128), (8, -1, 256), (4, 32, 128)):
+            dtype = torch.bfloat16 if group == 32 else torch.float16
+            report[f"wide {bits} {group} {rows}"] = wide(shapeless(bits, group, group == 32), rows, dtype)
     over = [name for name, kernel in report.items() if kernel.metadata.shared > limit]
     assert not over, over
     print(json.dumps({name: kernel.metadata.shared for name, kernel in report.items()}))

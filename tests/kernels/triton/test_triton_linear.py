@@ -171,6 +171,32 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(device, parts):
         assert torch.equal(together[:12], linear.few_product(x[:12], runnable, cut=cut))
 
 
+STAY = [
+    Cut(16, 8, 2, 2, 1, 1, 1, True, True, False, 2),
+    Cut(16, 4, 4, 4, 1, 1, 1, True, True, False, 1),
+    Cut(8, 8, 8, 1, 2, 1, 1, False, True, False, 1),
+]
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("bits", "group", "sym"), [(4, 128, True), (3, 32, False), (8, 64, True), (4, 16, False)]
+)
+def test_programs_that_stay(device, bits, group, sym):
+    """More blocks of rows than programs, a last slice that is shorter; the bits of programs that do not stay."""
+    packed, weight = make(1888, 4640, bits, group, sym=sym, bias=True, device=device)
+    runnable = linear.RunnableLinear.of(packing.tile(packed))
+    for cut in STAY:
+        wanted = Cut(8, cut.slices, cut.parts, 1, 1, 2, 2, False, False)
+        for rows in (1, cut.rows - 1, cut.rows):
+            x = torch.randn(rows, 1888, device=device).half()
+            for _ in range(3):
+                y = linear.few_product(x, runnable, cut=cut)
+                assert wrong(y, x, weight, packed.bias) < TOLERANCE[torch.float16]
+                assert torch.equal(y, linear.few_product(x, runnable, cut=wanted))
+    assert not runnable.arrived.any(), "the counters are zeros again"
+
+
 def made(n, k, m, device):
     packed, weight = make(k, n, device=device)
     x = torch.randn(m, k, device=device).half()
@@ -182,6 +208,8 @@ ENDS = [
     (3, Cut(8, 8, 2, 1, 2, 4, 4, False, False)),
     (29, Cut(16, 8, 8, 4, 2, 2, 1, True, True, True)),
     (40, Cut(32, 8, 2, 2, 2, 2, 1, True, True, True)),
+    (13, Cut(16, 8, 2, 2, 1, 1, 1, True, True, False, 1)),
+    (8, Cut(8, 8, 8, 1, 2, 1, 1, False, True, False, 1)),
 ]
 
 
@@ -246,22 +274,31 @@ def test_gated_order_puts_eight_rows_of_each_side_by_side():
     assert sorted(order.tolist()) == list(range(48))
 
 
+WIDE_KINDS = [
+    (4, 128, True, torch.float16), (4, 32, False, torch.float16), (4, -1, True, torch.bfloat16),
+    (3, 128, True, torch.float16), (3, 32, False, torch.bfloat16), (8, 128, True, torch.float16),
+    (8, 64, False, torch.float16), (2, 64, True, torch.float16), (2, -1, False, torch.bfloat16),
+]  # fmt: skip
+
+
 @needs_gpu
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("group", "sym"), [(128, True), (32, False), (-1, True)])
-def test_the_kernel_for_many_rows(device, group, sym, dtype):
+@pytest.mark.parametrize(("bits", "group", "sym", "dtype"), WIDE_KINDS)
+def test_the_kernel_for_many_rows(device, bits, group, sym, dtype):
     if not linear.has_wide(device):
         pytest.skip("no wgmma here")
-    packed, weight = make(1024, 384, 4, group, sym=sym, bias=True, device=device)
+    packed, weight = make(1088, 512, bits, group, sym=sym, bias=True, device=device)
     runnable = linear.RunnableLinear.of(packing.tile(packed))
-    for rows in (65, 200, 600):
-        x = torch.randn(rows, 1024, device=device).to(dtype)
-        for shape in ((128, 8, 1), (256, 8, 1), (64, 4, 2)):
-            for parts in (1, 2, 4):
-                cut = tuning.WideCut(*shape, parts, 4, 4)
+    for rows in (17, 65, 300):
+        x = torch.randn(rows, 1088, device=device).to(dtype)
+        same = {}
+        for shape, rest in (((128, 8, 2), (2, 3)), ((256, 8, 1), (2, 2)), ((64, 4, 2), (1, 1))):
+            for parts in (1, 3):
+                cut = tuning.WideCut(*shape, parts, *rest)
                 for _ in range(3):  # a race would show in one of them
                     y = linear.wide_product(x, runnable, cut)
                     assert wrong(y, x, weight, packed.bias) < (5e-4 if dtype == torch.float16 else 4e-3)
+                    assert torch.equal(y, same.setdefault(parts, y)), "the same bits whatever the blocks"
+                assert torch.equal(linear.wide_product(x[5:6], runnable, cut), y[5:6]), "and alone"
         assert not runnable.arrived.any(), "the counters are zeros again"
 
 
@@ -289,7 +326,7 @@ def test_real_shapes_on_a_gpu(device, bits, k, n):
         y = linear.matmul(x[:rows], runnable)
         assert wrong(y, x[:rows], weight) < TOLERANCE[torch.float16]
         assert torch.equal(y, linear.matmul(x[:rows], runnable))
-    few, many = linear.matmul(x[:1], runnable), linear.matmul(x[: tuning.MOST_FEW], runnable)
+    few, many = linear.matmul(x[:1], runnable), linear.few_product(x[: tuning.MOST_FEW], runnable)
     assert torch.equal(linear.matmul(x[:16], runnable), many[:16])
     assert torch.equal(few, many[:1])
 

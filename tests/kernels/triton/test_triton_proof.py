@@ -65,8 +65,30 @@ def test_another_triton_is_no_crash(tiled, caplog):
 
 
 def test_a_sample_is_a_linear_with_everything():
-    packed = proof.sample(3, 16, torch.device("cpu"), ordered=True)
+    packed = proof.sample(3, 16, torch.device("cuda" if torch.cuda.is_available() else "cpu"), ordered=True)
     assert dequantize(packed, torch.float32).shape == (128, 512)
     tiled = packing.tile(packed)
     assert tiled.order is not None
     assert tiled.zeros is not None
+
+
+def test_two_ways_are_compared_once_for_a_key(caplog):
+    calls = []
+
+    def sample():
+        calls.append(1)
+        return torch.ones(2, 3)
+
+    for _ in range(2):
+        assert proof.agree(("wide", 1), sample, lambda x: x + 1e-4, lambda x: x)
+        with caplog.at_level(logging.WARNING):
+            assert not proof.agree(("wide", 2), sample, lambda x: -x, lambda x: x)
+    assert len(calls) == 2
+    assert "'wide' is not used for (2,): its result is wrong by 2" in caplog.text
+
+
+def test_what_was_not_tried_is_not_used_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not proof.agree(("wide", 3), lambda: torch.ones(1), lambda x: x, lambda x: x)
+    assert ("wide", 3) not in proof._faults

@@ -42,7 +42,7 @@ def test_what_was_measured_goes_before_the_rule():
     linear = tiled()
     rule = tuning.cut_for(linear, 1)
     assert rule == tuning.cut_for(linear, 2)
-    one, wide = Cut(8, 4, 2, 1, 1, 5, 1, False, False), WideCut(128, 8, 2, 4, 4, 3)
+    one, wide = Cut(8, 4, 2, 1, 1, 5, 1, False, False), WideCut(128, 8, 2, 4, 2, 3)
     name = tuning.device_name(linear.words.device)
     tuning.remember(name, tuning.key_of(linear), {2: one}, {128: wide, 256: None})
     assert tuning.cut_for(linear, 1) == one
@@ -54,12 +54,29 @@ def test_what_was_measured_goes_before_the_rule():
     assert tuning.cut_for(tiled(n=4096), 1).slices != 4
 
 
-def test_the_kernel_for_many_rows_is_for_four_bits():
-    assert tuning.wide_cut(tiled(), 256) is not None
-    assert tuning.wide_cut(tiled(), tuning.MOST_WIDE + 1) is None
-    assert tuning.wide_cut(tiled(bits=8), 256) is None
+def test_what_the_kernel_for_many_rows_takes():
+    for linear in (tiled(), tiled(bits=2), tiled(bits=3), tiled(k=576, n=192), tiled(group=-1)):
+        for rows in (17, 100, 256, 1000):
+            check_wide(linear, tuning.wide_cut(linear, rows))
+        assert tuning.wide_cut(linear, tuning.MOST_WIDE + 1) is None
     assert tuning.wide_cut(tiled(group=16), 256) is None
-    assert tuning.wide_cut(tiled(k=576), 256) is None, "nine units are in no step of four"
+    assert tuning.wide_cut(tiled(bits=8), 256) is None, "not proven on a GPU"
+
+
+@pytest.mark.parametrize(("asked", "rows"), [("", 32), ("64", 64), ("1000", 128), ("many", 32)])
+def test_rows_with_the_same_bits_alone_and_together(monkeypatch, asked, rows):
+    monkeypatch.setenv(tuning.SAME_BITS, asked)
+    tuning.same_bits_up_to.cache_clear()
+    assert tuning.same_bits_up_to() == rows
+    tuning.same_bits_up_to.cache_clear()
+
+
+def check_wide(linear, cut):
+    """Its programs share the rows of weights out, and every part has a turn."""
+    assert linear.rows % (packing.TILE * cut.warps * cut.tiles) == 0
+    assert cut.parts <= -(-linear.columns // tuning.TURN)
+    assert 1 <= cut.open <= cut.pieces * cut.tiles
+    assert cut.rows * cut.tiles <= 256, "a thread's registers hold the sums"
 
 
 def test_an_unreadable_cache_is_no_obstacle():
@@ -90,7 +107,8 @@ def test_rules_and_candidates_can_run(bits, k, n):
             check_cut(linear, block, cut)
     for rows in tuning.WIDE_ROWS:
         for wide in tune.wide_candidates(linear, rows):
-            assert linear.units % (wide.parts * wide.ahead) == 0
+            check_wide(linear, wide)
+        check_wide(linear, tuning.rule_wide(linear, rows))
 
 
 def test_the_shipped_table_holds_cuts_that_can_run():
@@ -104,7 +122,8 @@ def test_the_shipped_table_holds_cuts_that_can_run():
             check_cut(linear, int(block), Cut(max(8, int(block)), entry["slices"], entry["parts"], *rest))
         for rows, wide in entry.get("wide", {}).items():
             assert int(rows) in tuning.WIDE_ROWS
-            assert wide is None or linear.units % (WideCut(*wide).parts * WideCut(*wide).ahead) == 0
+            if wide is not None:
+                check_wide(linear, WideCut(*wide))
 
 
 def test_one_number_of_parts_for_all():

@@ -33,10 +33,23 @@ def words_in(bits):
 
 @triton.constexpr_function
 def place(plane, bits):
-    """(word, lowest bit) of a plane's code; the sixteenth of 3 bits lies in the words' top bits: (-1, 0)."""
+    """(word, lowest bit) of a plane's code; the sixteenth of 3 bits lies in the words' top bits: (-1, 0).
+
+    3 bits: four planes a word, so that neighbours share one, and one more of the last four.
+    """
     if bits != 3:
         return 0, bits * plane
-    return (-1, 0) if plane == 15 else (plane // 5, plane % 5 * 3)
+    if plane == 15:
+        return -1, 0
+    return (plane // 4, plane % 4 * 3) if plane < 12 else (plane - 12, 12)
+
+
+@triton.constexpr_function
+def plane_at(word, code, bits):
+    """The plane of a word's code 0, 1, 2 ...; not of the sixteenth of 3 bits."""
+    if bits != 3:
+        return code
+    return 12 + word if code == 4 else 4 * word + code
 
 
 @triton.constexpr_function

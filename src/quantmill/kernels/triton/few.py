@@ -9,7 +9,7 @@ shared memory. Written in Gluon, because every layout has to be known: a thread'
 `mma`, laid by packing.py. Knows no tuning.
 """
 
-# ruff: noqa: RUF005, SIM108, SIM300 - what ruff would rather see is no Triton
+# ruff: noqa: RUF005, SIM102, SIM108, SIM300 - what ruff would rather see is no Triton
 # mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
@@ -321,13 +321,12 @@ def _summed(held, FIRST: gl.constexpr, COUNT: gl.constexpr, L: gl.constexpr):
 
 
 @gluon.jit
-def _factors(sums, first_row, M, inverse, epsilon, ROWS: gl.constexpr, COUNT: gl.constexpr, W: gl.constexpr):
-    """For ROWS rows of x 1 / sqrt(mean of the squares of what was before x's norm + epsilon)."""
-    F: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [W, 1], [1, 0])
+def _squares(sums, first_row, M, ROWS: gl.constexpr, COUNT: gl.constexpr, W: gl.constexpr):
+    """For ROWS rows of x the sums of squares of what was before x's norm."""
+    F: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
     m = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, F)))[:, None]
     i = gl.arange(0, power_of_two(COUNT), gl.SliceLayout(0, F))[None, :]
-    found = gl.load(sums + m * COUNT + i, mask=(m < M) & (i < COUNT), other=0.0)
-    return gl.rsqrt(gl.sum(found, 1) * inverse + epsilon)
+    return gl.load(sums + m * COUNT + i, mask=(m < M) & (i < COUNT), other=0.0)
 
 
 @gluon.jit
@@ -418,7 +417,12 @@ def few_kernel(
     units_left = (UNITS - first)[:, None]
     groups_left = GROUPS - first_group
     blocks_left = (BLOCKS - first * PER_UNIT)[:, None]
-    if PDL:  # weights depend on no kernel before this one, everything else may
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16] if RB == 16 else [1, 32], [WK * WR, 1], [1, 0])
+    row_y = first_row + gl.arange(0, XB, gl.SliceLayout(1, L))
+    out_y = block * RB + gl.arange(0, RB, gl.SliceLayout(0, L))
+    in_y = (row_y < M)[:, None] & (out_y < N)[None, :]
+    line = row_y.to(gl.int64)[:, None]
+    if PDL:  # weights depend on no kernel before this one, results of kernels may
         gdc_launch_dependents()
     ring, ring_scales, ring_zeros = (), (), ()
     for u in gl.static_range(AHEAD):
@@ -431,8 +435,22 @@ def few_kernel(
             ring_zeros = ring_zeros + _pairs(
                 zeros_at, u, groups_left, R, GROUPS, PLANES, GROUP_PLANES, SLICE, TAIL
             )
+    if HAS_BIAS:  # what the end needs is asked for here, so that no sum waits for it
+        biases = gl.load(bias + out_y, mask=out_y < N, other=0.0).to(gl.float32)
+    if END == 2:
+        gains = gl.load(gain + out_y, mask=out_y < N, other=0.0).to(gl.float32) * scale
+        place = out_y
+        if HAS_POSITION:
+            place = gl.load(position + out_y, mask=out_y < N, other=0)
     if PDL:
         gdc_wait()
+    if COUNT > 0:
+        if not SPLIT:
+            before = _squares(normed, first_row, M, XB, COUNT, WK * WR)
+    if END == 2:
+        at_y = y + line * y_stride + out_y[None, :]
+        if not SPLIT:
+            old = gl.load(at_y, mask=in_y, other=0.0).to(gl.float32)
     pointers = ()
     if STAGED:
         C: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [WR, WK, 1], [2, 1, 0])
@@ -531,7 +549,6 @@ def few_kernel(
     L3: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1], [1, 2, 16] if RB == 16 else [1, 1, 32], [1, WK * WR, 1], [2, 1, 0]
     )
-    L: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16] if RB == 16 else [1, 32], [WK * WR, 1], [1, 0])
     if SPLIT:
         out = _summed(held_sums, 0, WK, L3)
     else:
@@ -552,16 +569,17 @@ def few_kernel(
         for q in gl.static_range(1, PARTS):
             out += gl.load(to + q * (XB * RB), cache_modifier=".cg")
         gl.store(arrived + turn, 0)
+        if COUNT > 0:
+            before = _squares(normed, first_row, M, XB, COUNT, WK * WR)
+        if END == 2:
+            old = gl.load(at_y, mask=in_y, other=0.0).to(gl.float32)
     if COUNT > 0:
-        factor = _factors(normed, first_row, M, inverse, epsilon, XB, COUNT, WK * WR) * unscale
+        factor = gl.rsqrt(gl.sum(before, 1) * inverse + epsilon) * unscale
         out *= gl.convert_layout(factor, gl.SliceLayout(1, L))[:, None]
-    m, n = first_row + i, block * RB + j
     if HAS_BIAS:
-        out += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    line = m.to(gl.int64)[:, None]
+        out += biases[None, :]
     if END == 0:
-        _kept(out, y + line * y_stride + n[None, :], mask)
+        _kept(out, y + line * y_stride + out_y[None, :], in_y)
     elif END == 1:
         both = gl.permute(gl.reshape(out, [XB, RB // 16, 2, 8]), [0, 1, 3, 2])
         G: gl.constexpr = gl.BlockedLayout([1, 1, 1, 2], [2, 2, 8, 1], [WK * WR, 1, 1, 1], [3, 2, 1, 0])
@@ -571,21 +589,15 @@ def few_kernel(
         product = gl.convert_layout(gl.reshape(product, [XB, RB // 2]), H)
         m = first_row + gl.arange(0, XB, gl.SliceLayout(1, H))
         n = block * (RB // 2) + gl.arange(0, RB // 2, gl.SliceLayout(0, H))
-        here = n
+        to_n = n
         if HAS_POSITION:
-            here = gl.load(position + n, mask=n < N // 2, other=0)
+            to_n = gl.load(position + n, mask=n < N // 2, other=0)
         mask = (m < M)[:, None] & (n < N // 2)[None, :]
-        _kept(product, y + m.to(gl.int64)[:, None] * y_stride + here[None, :], mask)
+        _kept(product, y + m.to(gl.int64)[:, None] * y_stride + to_n[None, :], mask)
     else:
-        at_y = y + line * y_stride + n[None, :]
-        out = gl.load(at_y, mask=mask, other=0.0).to(gl.float32) + out * times
-        out = gl.where(mask, out, 0.0)
-        gl.store(at_y, out.to(y.dtype.element_ty), mask=mask)
-        gains = gl.load(gain + n, mask=n < N, other=0.0).to(gl.float32) * scale
-        here = n
-        if HAS_POSITION:
-            here = gl.load(position + n, mask=n < N, other=0)
-        _kept(out * gains[None, :], after + line * after_stride + here[None, :], mask)
+        out = gl.where(in_y, old + out * times, 0.0)
+        gl.store(at_y, out.to(y.dtype.element_ty), mask=in_y)
+        _kept(out * gains[None, :], after + line * after_stride + place[None, :], in_y)
         Q: gl.constexpr = gl.BlockedLayout([1, 1, 16], [32, 1, 1], [WK * WR, 1, 1], [2, 1, 0])
         parts = gl.convert_layout(gl.reshape(out * out, [XB, RB // 16, 16]), Q)
         square = gl.sum(parts, 2)  # each by one thread: in the same order whatever the cut

@@ -1,29 +1,32 @@
-"""A tiled linear times x: few rows straight from the codes, more on the large tensor instructions, many through a
-dense copy.
+"""A tiled linear times x: few rows straight from the codes, more on the large tensor instructions, through a dense
+copy where that is faster.
 
-For up to `tuning.MOST_FEW` rows each row's result has the same bits whatever rows come with it, for one GPU and one
-table of cuts. A call allocates its output, and its sums where K is split; it can be captured in a CUDA graph. Calls
-of one linear on two streams at once are not allowed: they share its counters. Knows no file and no model.
+Up to `tuning.same_bits_up_to()` rows each row's result has the same bits whatever rows come with it, for one GPU
+and one table of cuts; above, as long as the cut is the same. A call allocates its output, and its sums where K is
+split; it can be captured in a CUDA graph. Calls of one linear on two streams at once are not allowed: they share
+its counters. Knows no file and no model.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantmill.kernels.triton import tuning
+from quantmill.kernels.triton.copying import fast_copy, plain_copy
 from quantmill.kernels.triton.ends import End, Gated, Norm, Plain, Residual
 from quantmill.kernels.triton.packing import TILE, WIDE, TiledLinear
-from quantmill.kernels.triton.proof import usable
+from quantmill.kernels.triton.proof import agree, usable
 from quantmill.kernels.triton.tuning import Cut, WideCut
 
 # Rows of x with which each path is tried: every number of blocks, and a last one that is not full.
 FEW_TRIED = (1, 5, 16, 40)
-WIDE_TRIED = (100, 300)
 DENSE_TRIED = (3,)
 
 
@@ -45,18 +48,34 @@ def matmul(x: Tensor, linear: RunnableLinear) -> Tensor:
     t, rows = linear.tiled, x.shape[0]
     if not has_gluon(x.device):
         return dense_product(x, t)
+    if rows > tuning.same_bits_up_to() and _wide_cut(x, linear) is not None:
+        return many_product(x, linear)
     if rows <= tuning.MOST_FEW and usable("few", t, x.dtype, FEW_TRIED, few_product):
         return few_product(x, linear)
-    cut = tuning.wide_cut(t, rows) if has_wide(x.device) else None
-    if cut is not None and usable("wide", t, x.dtype, WIDE_TRIED, _wide_by_rule):
-        return wide_product(x, linear, cut)
-    return dense_product(x, t)
+    return many_product(x, linear)
 
 
-def _wide_by_rule(x: Tensor, linear: RunnableLinear) -> Tensor:
-    cut = tuning.rule_wide(linear.tiled, x.shape[0])
-    assert cut is not None, "samples are of a kind that the kernel for many rows takes"
-    return wide_product(x, linear, cut)
+def many_product(x: Tensor, linear: RunnableLinear) -> Tensor:
+    """The same for rows that come together anyway: a row's bits may depend on how many there are."""
+    cut = _wide_cut(x, linear)
+    return dense_product(x, linear.tiled) if cut is None else wide_product(x, linear, cut)
+
+
+def _wide_cut(x: Tensor, linear: RunnableLinear) -> WideCut | None:
+    """How the kernel for many rows takes x; None: it cannot, it is slower, or it was wrong where it was tried."""
+    t = linear.tiled
+    cut = tuning.wide_cut(t, x.shape[0]) if has_wide(x.device) else None
+    if cut is None:
+        return None
+    key = ("wide", cut, t.shape, t.units, t.zeros is None, t.bias is None, x.dtype, x.device)
+    generator = torch.Generator(x.device).manual_seed(0)
+    right = agree(
+        key,
+        lambda: torch.randn(cut.rows + 3, x.shape[1], device=x.device, generator=generator).to(x.dtype),
+        lambda x: wide_product(x, linear, cut),
+        lambda x: dense_product(x, t),
+    )
+    return cut if right else None
 
 
 def few_product(
@@ -74,19 +93,46 @@ def few_product(
     runs and ask for weights at once (programmatic dependent launch); None: where the GPU can, compute capability
     9.0 and up. Everything but weights is touched when the kernels before are done.
     """
-    from quantmill.kernels.triton.few import few_kernel
+    y, launch = _few_call(x, linear, end, norm, cut, early)
+    launch.run()
+    return y
 
+
+def warm(x: Tensor, linear: RunnableLinear, cut: Cut | WideCut) -> None:
+    """Compile what `few_product` or `wide_product` with this cut runs, and run nothing."""
+    if isinstance(cut, Cut):
+        _, launch = _few_call(x, linear, None, None, cut, None)
+    else:
+        _, launch = _wide_call(x, linear, cut, None)
+    launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A kernel and all that it is called with."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[object, ...]
+    options: dict[str, object]
+
+    def run(self) -> None:
+        if self.programs > 0:
+            self.kernel[(self.programs,)](*self.arguments, **self.options)
+
+
+def _few_call(
+    x: Tensor, linear: RunnableLinear, end: End | None, norm: Norm | None, cut: Cut | None, early: bool | None
+) -> tuple[Tensor, _Launch]:
     t = linear.tiled
     x = readable(x, t)
     rows = x.shape[0]
     end = Plain(torch.empty(rows, t.out_features, dtype=x.dtype, device=x.device)) if end is None else end
     y = end.residual if isinstance(end, Residual) else end.out
-    if rows == 0:
-        return y
     cut = tuning.cut_for(t, rows) if cut is None else cut
     early = can_start_early(x.device) if early is None else early
-    grid, sums = _programs(x, linear, cut)
-    few_kernel[(grid,)](
+    programs, sums = _programs(x, linear, cut)
+    arguments = (
         x.view(torch.int32),
         t.words,
         t.scales,
@@ -103,14 +149,41 @@ def few_product(
         y.stride(0),
         end.after.stride(0) if isinstance(end, Residual) else 0,
         *_numbers(end, norm),
-        **_constants(t, x, cut),
-        END=(Plain, Gated, Residual).index(type(end)),
-        COUNT=0 if norm is None else norm.squares.shape[1],
-        HAS_POSITION=not isinstance(end, Plain) and end.position is not None,
-        PDL=early,
-        **({"launch_pdl": True} if early else {}),
     )
-    return y
+    options: dict[str, object] = {
+        **_constants(t, x, cut),
+        "END": (Plain, Gated, Residual).index(type(end)),
+        "COUNT": 0 if norm is None else norm.squares.shape[1],
+        "HAS_POSITION": not isinstance(end, Plain) and end.position is not None,
+        "PDL": early,
+        **({"launch_pdl": True} if early else {}),
+    }
+    return y, _staying(t, cut, programs, arguments, options) if cut.stay else _going(
+        programs, arguments, options
+    )
+
+
+def _going(programs: int, arguments: tuple[object, ...], options: dict[str, object]) -> _Launch:
+    from quantmill.kernels.triton.few import few_kernel
+
+    return _Launch(few_kernel, programs, arguments, options)
+
+
+def _staying(
+    t: TiledLinear, cut: Cut, programs: int, arguments: tuple[object, ...], options: dict[str, object]
+) -> _Launch:
+    """The same by programs that take one block of rows after the other. x is one block."""
+    from quantmill.kernels.triton.held import held_kernel
+
+    span = cut.parts if cut.split else 1
+    blocks = t.rows // (TILE * cut.beside * cut.tiles)
+    at_once = max(1, tuning.processors(t.words.device) * cut.stay // span) * span
+    return _Launch(held_kernel, min(programs, at_once), (*arguments, blocks), staying_constants(options))
+
+
+def staying_constants(options: Mapping[str, object]) -> dict[str, object]:
+    """Of what `few_kernel` is compiled for what `held_kernel` is compiled for, too."""
+    return {k: v for k, v in options.items() if k not in ("STAGED", "TURNS", "AHEAD", "BLOCKS_AHEAD")}
 
 
 def _programs(x: Tensor, linear: RunnableLinear, cut: Cut) -> tuple[int, Tensor]:
@@ -173,7 +246,13 @@ def _constants(t: TiledLinear, x: Tensor, cut: Cut) -> dict[str, int | bool]:
 
 
 def wide_product(x: Tensor, linear: RunnableLinear, cut: WideCut, *, early: bool | None = None) -> Tensor:
-    """The product for many rows on compute capability 9.0, 4 bits. x (M, K); gives (M, N) in x's dtype."""
+    """The product for many rows on compute capability 9.0. x (M, K); gives (M, N) in x's dtype."""
+    y, launch = _wide_call(x, linear, cut, early)
+    launch.run()
+    return y
+
+
+def _wide_call(x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | None) -> tuple[Tensor, _Launch]:
     from quantmill.kernels.triton.wide import wide_kernel
 
     t = linear.tiled
@@ -185,15 +264,42 @@ def wide_product(x: Tensor, linear: RunnableLinear, cut: WideCut, *, early: bool
     sums = x.new_empty(size, dtype=torch.float32) if size else t.scales
     early = can_start_early(x.device) if early is None else early
     halves, none = torch.int16, t.scales
-    wide_kernel[(turns * cut.parts,)](
-        x, t.words.view(halves), t.scales.view(halves), (none if t.zeros is None else t.zeros).view(halves),
-        none if t.bias is None else t.bias, y, sums, linear.arrived, x.shape[0], t.out_features, x.stride(0),
-        UNITS=t.units, GROUP_PLANES=t.shape.group_planes, HAS_ZERO=t.zeros is not None,
-        HAS_BIAS=t.bias is not None, BF16=x.dtype == torch.bfloat16, PARTS=cut.parts, WARPS=cut.warps,
-        BT=cut.rows, REPS=cut.tiles, AHEAD=cut.ahead, STAGES=cut.stages, PDL=early, num_warps=cut.warps,
-        **({"launch_pdl": True} if early else {}),
+    arguments = (
+        _blocks_of(x, cut.rows), t.words.view(halves), t.scales.view(halves),
+        (none if t.zeros is None else t.zeros).view(halves), none if t.bias is None else t.bias, y, sums,
+        linear.arrived, x.shape[0], t.out_features, cut.parts,
     )  # fmt: skip
-    return y
+    options = _wide_constants(t, x.dtype, cut) | {"PDL": early} | ({"launch_pdl": True} if early else {})
+    return y, _Launch(wide_kernel, turns * cut.parts, arguments, options)
+
+
+def _blocks_of(x: Tensor, rows: int) -> object:
+    """x as the copy engine takes it: blocks of so many rows and 64 columns, zeros beyond its edges."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [rows, tuning.STEP], gl.NVMMASharedLayout(128, 16, 2))
+
+
+def _wide_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[str, object]:
+    """What the kernel is compiled for, but for PDL."""
+    return {
+        "UNITS": t.units,
+        "BITS": t.shape.bits,
+        "GROUP_PLANES": t.shape.group_planes,
+        "HAS_ZERO": t.zeros is not None,
+        "HAS_BIAS": t.bias is not None,
+        "BF16": dtype == torch.bfloat16,
+        "SPLIT": cut.parts > 1,
+        "WARPS": cut.warps,
+        "BT": cut.rows,
+        "REPS": cut.tiles,
+        "AHEAD": tuning.TURN // t.shape.columns,
+        "STAGES": tuning.TURN // tuning.STEP,
+        "PIECES": cut.pieces,
+        "OPEN": cut.open,
+        "num_warps": cut.warps,
+    }
 
 
 def slice_units(t: TiledLinear, slices: int) -> int:
@@ -249,38 +355,12 @@ def _dense(t: TiledLinear, dtype: torch.dtype, columns: int, out: Tensor | None)
     assert weight.shape == shape, "the tensor to write into fits"
     assert weight.is_contiguous(), "the tensor to write into fits"
     fast = has_gluon(weight.device) and usable("dense", t, dtype, DENSE_TRIED, _through_fast_copy)
-    return _dense_fast(t, weight) if fast else _dense_plain(t, weight)
+    return fast_copy(t, weight) if fast else plain_copy(t, weight)
 
 
 def _through_fast_copy(x: Tensor, linear: RunnableLinear) -> Tensor:
     t = linear.tiled
-    return x @ _dense_fast(t, torch.empty(t.out_features, t.in_features, dtype=x.dtype, device=x.device)).T
-
-
-def _dense_fast(t: TiledLinear, weight: Tensor) -> Tensor:
-    from quantmill.kernels.triton.expand import dense_kernel
-
-    warps, halves = 4, torch.int16
-    zeros = t.scales if t.zeros is None else t.zeros
-    dense_kernel[(t.units, t.rows // (TILE * warps))](
-        t.words.view(halves), t.scales.view(halves), zeros.view(halves), weight, *weight.shape,
-        t.units, t.groups, t.shape.bits, t.shape.group_planes, t.shape.narrow, t.zeros is not None,
-        weight.dtype == torch.bfloat16, warps, num_warps=warps,
-    )  # fmt: skip
-    return weight
-
-
-def _dense_plain(t: TiledLinear, weight: Tensor) -> Tensor:
-    """The same on any GPU and in the interpreter, slower."""
-    from quantmill.kernels.triton.repack import dequantise_kernel
-
-    rows, halves = 64, torch.float16
-    zeros = t.scales if t.zeros is None else t.zeros
-    dequantise_kernel[(t.units, t.rows // rows)](
-        t.words, t.scales.view(halves), zeros.view(halves), weight, *weight.shape,
-        t.units, t.groups, t.shape.group, t.shape.bits, t.shape.narrow, t.zeros is not None, rows,
-    )  # fmt: skip
-    return weight
+    return x @ fast_copy(t, torch.empty(t.out_features, t.in_features, dtype=x.dtype, device=x.device)).T
 
 
 @functools.cache

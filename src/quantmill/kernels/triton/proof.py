@@ -1,5 +1,7 @@
 """Before a kernel is used for a kind of linear on a GPU, it multiplies one small linear of that kind there.
 
+The kernel for many rows multiplies the linear itself, once for each cut and shape, beside a dense copy.
+
 A path that does not compile with this Triton, or whose result is not its slow twin's, is left for the one that is
 slower and simpler; a line of the log says so. Costs one compilation of each kernel, which Triton keeps on disk.
 """
@@ -18,6 +20,7 @@ from quantmill.types import CheckpointFormat, PackedLinear
 
 LOG = logging.getLogger(__name__)
 TOLERANCE = 0.01  # of the norm: far above rounding, far below a wrong result
+Product = Callable[[Tensor], Tensor]
 _faults: dict[tuple[object, ...], str | None] = {}
 
 
@@ -39,12 +42,37 @@ def usable(
     return _faults[key] is None
 
 
+def agree(key: tuple[object, ...], sample: Callable[[], Tensor], found: Product, wanted: Product) -> bool:
+    """Whether `found(x)` is `wanted(x)` for x = sample(), tried once for a key, whose first part is a path's name.
+
+    While a CUDA graph is captured nothing can be tried: what was not tried before is not used.
+    """
+    if key not in _faults:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        _faults[key] = _difference(sample(), found, wanted)
+        if _faults[key] is not None:
+            LOG.warning("the GPU's path %r is not used for %s: %s", key[0], key[1:], _faults[key])
+    return _faults[key] is None
+
+
+def _difference(x: Tensor, found: Product, wanted: Product) -> str | None:
+    """Why a product is not trusted, or None."""
+    from triton.errors import TritonError
+
+    try:
+        y = found(x)
+    except TritonError as error:  # a Triton older or newer than the kernels know
+        return f"it does not compile with this triton ({type(error).__name__})"
+    right = wanted(x).float()
+    wrong = float((y.float() - right).norm() / right.norm())
+    return None if wrong < TOLERANCE else f"its result is wrong by {wrong:.2g}: report it"
+
+
 def _fault(
     packed: PackedLinear, dtype: torch.dtype, rows: tuple[int, ...], product: Callable[..., Tensor]
 ) -> str | None:
     """Why a product is not trusted, or None."""
-    from triton.errors import TritonError
-
     from quantmill.kernels.triton.linear import RunnableLinear
 
     runnable = RunnableLinear.of(tile(packed))
@@ -52,14 +80,9 @@ def _fault(
     weight = dequantize(packed, torch.float32)
     for m in rows:
         x = torch.randn(m, packed.in_features, device=weight.device, generator=generator).to(dtype)
-        try:
-            y = product(x, runnable)
-        except TritonError as error:  # a Triton older or newer than the kernels know
-            return f"it does not compile with this triton ({type(error).__name__})"
-        wanted = x.float() @ weight.T
-        wrong = float((y.float() - wanted).norm() / wanted.norm())
-        if not wrong < TOLERANCE:
-            return f"its result is wrong by {wrong:.2g}: report it"
+        fault = _difference(x, lambda x: product(x, runnable), lambda x: x.float() @ weight.T)
+        if fault is not None:
+            return fault
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantmill.kernels.triton.codes import code, planes, stored_code, words_in
+from quantmill.kernels.triton.codes import code, plane_at, planes, stored_code, words_in
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def repack_kernel(
         value = at * 0
         for j in tl.static_range(CODES):
             for half in tl.static_range(2):
-                k = tl.load(first + _column(word * CODES + j, quad, r >> 1, half, NARROW))
+                k = tl.load(first + _column(plane_at(word, j, BITS), quad, r >> 1, half, NARROW))
                 found = stored_code(qweight, k, n, (k >= 0) & (n < N), N, BITS)
                 value |= found << (j * BITS + 16 * half)
         if BITS == 3:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 import torch
@@ -21,6 +23,7 @@ from quantmill.kernels.triton.linear import (
     few_product,
     has_wide,
     slice_units,
+    warm,
     wide_product,
 )
 from quantmill.kernels.triton.packing import TILE, TiledLinear
@@ -32,13 +35,16 @@ STAGED_BYTES = 112 << 10  # of x in shared memory: two programs of a multiproces
 # (warps beside each other, tiles of a warp, units read ahead for one tile) that won somewhere on an H200
 SHARES = ((4, 1, 8), (4, 2, 8), (8, 1, 8), (8, 2, 8), (4, 4, 8))
 FEW_SHARES = ((1, 1, 8), (1, 2, 16), (1, 1, 4), (1, 2, 8))
-# (rows of x, warps, tiles of a warp, stages)
-WIDE_SHARES = ((256, 8, 1, 4), (128, 8, 2, 4), (128, 8, 1, 4), (64, 8, 2, 4), (64, 8, 1, 4))
+# (rows of x, warps, tiles of a warp, pieces of a block of columns, products that may be unfinished)
+WIDE_SHARES = (
+    (256, 8, 1, 2, 2), (256, 8, 1, 4, 3), (128, 8, 2, 2, 3), (128, 8, 2, 1, 1), (128, 8, 1, 2, 2),
+    (128, 4, 2, 2, 3), (64, 8, 2, 2, 3), (64, 4, 2, 2, 3), (64, 8, 1, 2, 2), (32, 8, 2, 2, 3), (32, 4, 2, 2, 3),
+)  # fmt: skip
 
 
 def candidates(linear: TiledLinear, block: int) -> list[Cut]:
     """Cuts worth a measurement for an entry of ROWS_OF_X."""
-    found = dict.fromkeys((*_whole(linear, block), *_split(linear, block)))
+    found = dict.fromkeys((*_whole(linear, block), *_split(linear, block), *_staying(linear, block)))
     return list(found) or [tuning.rule_cut(linear, block, *tuning.rule_slices(linear))]
 
 
@@ -74,16 +80,32 @@ def _split(linear: TiledLinear, block: int) -> Iterator[Cut]:
             yield Cut(block, slices, parts, beside, own, units, 2 if block <= 16 else 1, True, True, True)
 
 
+def _staying(linear: TiledLinear, block: int) -> Iterator[Cut]:
+    """The same by programs that stay, one or two of a multiprocessor."""
+    slices, _ = tuning.rule_slices(linear)
+    if block not in (8, 16) or slices < 2:
+        return
+    tiles, unit = linear.rows // TILE, linear.shape.columns
+    for parts, beside, own, stay in itertools.product(_parts(slices), (1, 2, 4, 8), (1, 2), (1, 2)):
+        of_part = slices // parts
+        columns = slice_units(linear, slices) * of_part * unit
+        held = (1 << (columns - 1).bit_length()) * 2 * block + of_part * beside * own * TILE * block * 4
+        fits = tiles % (beside * own) == 0 and own * block <= 32
+        if fits and of_part * beside in (8, 16) and held * stay <= tuning.shared_memory(linear.words.device):
+            yield Cut(block, slices, parts, beside, own, 1, 1, True, True, False, stay)
+
+
 def wide_candidates(linear: TiledLinear, rows_of_x: int) -> Iterator[WideCut]:
     """The same for the kernel for many rows."""
-    if tuning.rule_wide(linear, rows_of_x) is None:
+    if not tuning.wide_takes(linear):
         return
-    busy = tuning.processors(linear.words.device)
-    for (rows, warps, own, stages), parts in itertools.product(WIDE_SHARES, (1, 2, 4, 7, 8)):
-        programs = linear.rows // (TILE * warps * own) * -(-rows_of_x // rows) * parts
-        fits = linear.rows % (TILE * warps * own) == 0 and linear.units % (parts * 4) == 0
-        if fits and rows < 2 * rows_of_x and busy / 2 <= programs and (parts == 1 or programs <= 3 * busy):
-            yield WideCut(rows, warps, own, parts, 4, stages)
+    busy, longest = tuning.processors(linear.words.device), -(-linear.columns // tuning.TURN)
+    for (rows, warps, own, *rest), parts in itertools.product(WIDE_SHARES, (1, 2, 3, 4, 6, 8)):
+        turns = linear.rows // (TILE * warps * own) * -(-rows_of_x // rows)
+        fits = linear.rows % (TILE * warps * own) == 0 and parts <= longest
+        near = min(rows_of_x, 64) <= rows < 2 * max(rows_of_x, 16)
+        if fits and near and busy / 2 <= turns * parts and (parts == 1 or turns * parts <= 2.5 * busy):
+            yield WideCut(rows, warps, own, parts, *rest)
 
 
 def copies(linear: TiledLinear) -> list[RunnableLinear]:
@@ -100,6 +122,7 @@ def tune(linear: TiledLinear, dtype: torch.dtype = torch.float16) -> None:
     depend on how many rows come together.
     """
     every = copies(linear)
+    compile_all(every[0], dtype)
     times = {block: few_times(every, block, dtype) for block in tuning.ROWS_OF_X}
     parts = fairest_parts(times)
     best = {}
@@ -109,6 +132,25 @@ def tune(linear: TiledLinear, dtype: torch.dtype = torch.float16) -> None:
             best[block] = allowed[min(allowed)]
     wide = {rows: best_wide(every, rows, dtype) for rows in tuning.WIDE_ROWS}
     tuning.remember(tuning.device_name(linear.words.device), tuning.key_of(linear), best, wide)
+
+
+def compile_all(linear: RunnableLinear, dtype: torch.dtype) -> None:
+    """Compile every candidate, as many at once as there are processors."""
+    import triton
+
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),  # who cannot be compiled fails where it is timed
+    ):
+        for block in tuning.ROWS_OF_X:
+            x = _inputs(linear, 1 if block == tuning.ROWS_OF_X[0] else block, dtype)
+            for cut in candidates(linear.tiled, block):
+                warm(x, linear, cut)
+        if has_wide(linear.tiled.words.device):
+            for rows in tuning.WIDE_ROWS:
+                x = _inputs(linear, rows, dtype)
+                for wide in wide_candidates(linear.tiled, rows):
+                    warm(x, linear, wide)
 
 
 def fairest_parts(times: Mapping[int, Mapping[Cut, float]]) -> int:

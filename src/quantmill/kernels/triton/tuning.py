@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +19,20 @@ import torch
 
 from quantmill.errors import BadCheckpoint
 from quantmill.files import cache_root, read_json, write_json
-from quantmill.kernels.triton.packing import TiledLinear
+from quantmill.kernels.triton.packing import TILE, TiledLinear
 from quantmill.types import Json
 
 # Most rows of x for which one cut of the kernel for few rows is used; the last serves any number.
 ROWS_OF_X = (2, 8, 16, 32)
 MOST_FEW = 128  # up to so many rows go there, and a row's bits do not depend on how many
+SAME_BITS = "QUANTMILL_SAME_BITS"  # so many rows, 32 unless set; above, the kernel for many rows goes first
 MOST_STAGED = 64 << 10  # bytes of x in shared memory, by rule: fits every GPU
-WIDE_ROWS = (128, 256, 512, 1024)  # the same of the kernel for many rows
-MOST_WIDE = 1024  # above, a dense copy and the vendor's product take over
+WIDE_ROWS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # entries of the kernel for many rows
+MOST_WIDE = (
+    1024  # rows that it takes where nothing was measured: a dense copy was within 1.13 of cuBLAS above
+)
+PROVEN_WIDE = (2, 3, 4)  # bits
+STEP, TURN = 64, 256  # columns that it takes at once, and that it has asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +49,31 @@ class Cut:
     split: bool  # a program takes one part of K, not all
     staged: bool  # x waits in shared memory
     in_turn: bool = False  # a warp takes all slices of its program, one after the other
+    stay: int = (
+        0  # programs of a multiprocessor that stay and take one block of rows after the other; 0: none do
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class WideCut:
     """The same for the kernel for many rows."""
 
-    rows: int  # of x
+    rows: int  # of x: 16, 32 ... 256
     warps: int  # 4 or 8
     tiles: int  # of 16 rows, of every warp
     parts: int  # of K
-    ahead: int
-    stages: int  # blocks of x in shared memory
+    pieces: int = 2  # of a block of columns, multiplied one after the other
+    open: int = 2  # products that may be unfinished while the next weights are made
+
+
+@functools.cache
+def same_bits_up_to() -> int:
+    """Rows of x up to which the kernel for few rows is used although that for many is there, which is faster.
+
+    32, or what $QUANTMILL_SAME_BITS says, 128 at most: a row has the same bits alone and in any batch of so many.
+    """
+    asked = os.environ.get(SAME_BITS, "")
+    return min(int(asked), MOST_FEW) if asked.isdigit() else 32
 
 
 def block_of(rows_of_x: int) -> int:
@@ -74,14 +93,22 @@ def cut_for(linear: TiledLinear, rows_of_x: int) -> Cut:
 
 def wide_cut(linear: TiledLinear, rows_of_x: int) -> WideCut | None:
     """The measured cut of the kernel for many rows, else the rule's; None: a dense copy is faster, or must be."""
-    if linear.shape.bits != 4 or linear.shape.narrow or rows_of_x > MOST_WIDE:
+    if not wide_takes(linear):
         return None
     entry = measured(linear)
     block = next((b for b in WIDE_ROWS if rows_of_x <= b), WIDE_ROWS[-1])
-    if entry is not None and "wide" in entry:
-        found = entry["wide"].get(str(block))
+    if entry is not None and str(block) in entry.get("wide", {}):
+        found = entry["wide"][str(block)]
         return None if found is None else WideCut(*found)
-    return rule_wide(linear, rows_of_x)
+    return rule_wide(linear, rows_of_x) if rows_of_x <= MOST_WIDE else None
+
+
+def wide_takes(linear: TiledLinear) -> bool:
+    """Whether the kernel for many rows is used: not for groups of 16, which it does not know.
+
+    Nor for 8 bits, where its order of units has not run on a GPU since it was put right.
+    """
+    return not linear.shape.narrow and linear.shape.bits in PROVEN_WIDE
 
 
 def measured(linear: TiledLinear) -> Json | None:
@@ -113,16 +140,19 @@ def rule_slices(linear: TiledLinear) -> tuple[int, int]:
     return slices, slices
 
 
-def rule_wide(linear: TiledLinear, rows_of_x: int) -> WideCut | None:
-    """A cut that gives every multiprocessor a program, where K can be split so far."""
-    rows = next((r for r in (64, 128) if rows_of_x <= r), 256)
-    turns = -(-linear.rows // 128) * -(-rows_of_x // rows)
-    parts = 1
-    while parts < 8 and turns * parts * 2 <= processors(linear.words.device) * 1.1:
+def rule_wide(linear: TiledLinear, rows_of_x: int) -> WideCut:
+    """A cut that gives every multiprocessor a program, where K can be split so far. Its shapes ran on an H200."""
+    if rows_of_x > 128:
+        rows, warps, tiles, pieces, unfinished = 256, 8, 1, 2, 2
+    elif rows_of_x > 64 and linear.rows % 256 == 0:
+        rows, warps, tiles, pieces, unfinished = 128, 8, 2, 2, 3
+    else:
+        rows, warps, tiles, pieces, unfinished = 64, 4, 2, 1, 1
+    turns = linear.rows // (TILE * warps * tiles) * -(-rows_of_x // rows)
+    parts, longest = 1, -(-linear.columns // TURN)
+    while parts < 8 and 2 * parts <= longest and turns * parts * 2 <= processors(linear.words.device) * 1.1:
         parts *= 2
-    while parts > 1 and linear.units % (parts * 4):
-        parts //= 2
-    return None if linear.units % (parts * 4) else WideCut(rows, 8, 1, parts, 4, 4)
+    return WideCut(rows, warps, tiles, parts, pieces, unfinished)
 
 
 def key_of(linear: TiledLinear) -> str:

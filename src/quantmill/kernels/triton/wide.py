@@ -1,9 +1,11 @@
-"""The kernel for many rows of x on Hopper: weights are dequantised into shared memory, a tile for many rows of x.
+"""The kernel for many rows of x on Hopper: weights are made in the registers that `wgmma` reads, x is in shared
+memory.
 
-`wgmma` works through one tile while the next is made, so that making them costs little where a tile serves a
-hundred rows and more. Weights are rounded to x's dtype, each once, as in a dense copy. Where few programs would run
-K is split: every part writes its sums, the one that comes last adds them in a fixed order. 4 bits, compute
-capability 9.0. Knows no tuning.
+A program makes each weight once for up to 256 rows of x, rounded to x's dtype as in a dense copy, while the tensor
+cores work on what was made before; it never writes one anywhere. x comes through the copy engine, STAGES blocks of
+64 columns ahead. Columns are summed in their order, so a row of x has the same bits whatever rows come with it, and
+in blocks of any size, as long as PARTS is the same. Where few programs would run K is split: every part writes its
+sums, the one that comes last adds them in their order. Compute capability 9.0. Knows no tuning.
 """
 
 # ruff: noqa: RUF005 - what ruff would rather see is no Triton
@@ -11,150 +13,306 @@ capability 9.0. Knows no tuning.
 
 from __future__ import annotations
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantmill.kernels.triton.expand import by_register, columns_of, pairs_at, plane_of
+from quantmill.kernels.triton.codes import planes, words_in
+from quantmill.kernels.triton.fragments import fields, fragment_ptx, turned_ptx
 
 # Triton 3.9 gave both new names and took the old ones away.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+TURN = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 16))
+TURN3 = gl.constexpr(",".join(["=r"] * 12 + ["r"] * 28))
+PLANE_OF = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 20))
+
+
+@triton.constexpr_function
+def unit_of_step(step, quarter, planes_of_unit):
+    """Which unit of a turn holds a quarter of a step of 64 columns."""
+    return (4 * step + quarter) // planes_of_unit
+
+
+@triton.constexpr_function
+def plane_of_step(step, quarter, planes_of_unit):
+    """And which of its planes."""
+    return (4 * step + quarter) % planes_of_unit
+
+
+@triton.constexpr_function
+def units_at_once(planes_of_unit):
+    """Units that a step of 64 columns needs whole."""
+    return max(1, 4 // planes_of_unit)
+
+
+@triton.constexpr_function
+def asked(unit, rep, planes_of_unit, reps):
+    """Where a unit of a warp's tile `rep` is among a turn's: in the order in which steps ask for them."""
+    together = units_at_once(planes_of_unit)
+    return (unit // together * reps + rep) * together + unit % together
+
+
+@triton.constexpr_function
+def pair_of_step(step, quarter, rep, planes_of_unit, group_planes, reps):
+    """Which of a turn's pairs of scales a quarter of a step takes."""
+    of_unit = max(1, planes_of_unit // group_planes)
+    unit, plane = divmod(4 * step + quarter, planes_of_unit)
+    return asked(unit, rep, planes_of_unit, reps) * of_unit + plane // group_planes % of_unit
 
 
 @gluon.jit
-def _half(
-    w, scale, zero, HALF: gl.constexpr, HAS_ZERO: gl.constexpr, BF16: gl.constexpr, WARPS: gl.constexpr
+def _turned(words, odd, stay, by, upper, BITS: gl.constexpr):
+    """A unit's words with their codes where `wgmma` wants them: a tuple."""
+    PTX: gl.constexpr = turned_ptx(BITS)
+    if BITS == 3:
+        found = gl.inline_asm_elementwise(
+            PTX, TURN3, [words[0], words[1], words[2], odd, stay, by, upper],
+            (gl.int16, gl.int16, gl.int16), True, 8,
+        )  # fmt: skip
+    else:
+        found = (gl.inline_asm_elementwise(PTX, TURN, [words[0], odd, stay, by], gl.int16, True, 8),)
+    return found
+
+
+@gluon.jit
+def _plane(
+    words, scale, zero, PLANE: gl.constexpr, BITS: gl.constexpr, HAS_ZERO: gl.constexpr, BF16: gl.constexpr
 ):
-    """Half of a unit of WARPS tiles -> (rows, 32)."""
-    first = plane_of(w, w, w, scale, zero, 2 * HALF, 4, HAS_ZERO, BF16, WARPS)
-    second = plane_of(w, w, w, scale, zero, 2 * HALF + 1, 4, HAS_ZERO, BF16, WARPS)
-    return columns_of(first, second, WARPS, False)
+    """A plane of them times the scales: (threads, 8) fp16 or bf16."""
+    PTX: gl.constexpr = fragment_ptx(PLANE, BITS, HAS_ZERO, BF16)
+    b = words[1] if BITS == 3 else words[0]
+    c = words[2] if BITS == 3 else words[0]
+    if BF16:
+        v = gl.inline_asm_elementwise(PTX, PLANE_OF, [scale, zero, words[0], b, c], gl.bfloat16, True, 8)
+    else:
+        v = gl.inline_asm_elementwise(PTX, PLANE_OF, [scale, zero, words[0], b, c], gl.float16, True, 8)
+    return v
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit
+def _words(at, WORDS: gl.constexpr):
+    """The words of one unit."""
+    found = ()
+    for w in gl.static_range(WORDS):
+        found = found + (gl.load(at + w * 256, eviction_policy="evict_first"),)
+    return found
+
+
+@gluon.jit
+def _pairs(at, group, COUNT: gl.constexpr):
+    """Pairs of scales or zero points of so many groups from `group` on."""
+    found = ()
+    for g in gl.static_range(COUNT):
+        found = found + (gl.load(at + (group + g) * 16),)
+    return found
+
+
+@gluon.jit
+def _spread(pair, WARPS: gl.constexpr, P: gl.constexpr):
+    """Pairs of rows g and g + 8, (threads, 2) int16, for every half of a plane's registers: (threads, 8)."""
+    B: gl.constexpr = gl.BlockedLayout([1, 2, 2, 2], [32, 1, 1, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+    wide = gl.expand_dims(gl.expand_dims(pair, 1), 3) + gl.zeros([WARPS * 32, 2, 2, 2], gl.int16, B)
+    return gl.convert_layout(gl.reshape(wide, [WARPS * 32, 8]), P, assert_trivial=True)
+
+
+@gluon.jit
+def _operand(p, WARPS: gl.constexpr, A: gl.constexpr, COUNT: gl.constexpr):
+    """So many planes (threads, 8) -> (rows, 16 each)."""
+    if COUNT == 1:
+        v = gl.reshape(p[0], [WARPS, 8, 4, 2, 2, 2, 1, 1])
+    elif COUNT == 2:
+        v = gl.reshape(gl.join(p[0], p[1]), [WARPS, 8, 4, 2, 2, 2, 1, 2])
+    else:
+        v = gl.reshape(gl.join(gl.join(p[0], p[2]), gl.join(p[1], p[3])), [WARPS, 8, 4, 2, 2, 2, 2, 2])
+    v = gl.permute(v, [0, 4, 1, 6, 7, 3, 2, 5])  # from warp, g, quad, j, row half, half, plane
+    return gl.convert_layout(gl.reshape(v, [WARPS * 16, COUNT * 16]), A, assert_trivial=True)
+
+
+@gluon.jit(do_not_specialize=["M", "PARTS"])
 def wide_kernel(
-    x,  # (M, K) fp16 or bf16, rows `stride` apart
-    words,  # (tiles, UNITS, 1, 32, 8) int16
+    x,  # descriptor of (M, K) fp16 or bf16 in blocks of (BT, 64)
+    words,  # (tiles, UNITS, WORDS, 32, 8) int16
     scales,  # (tiles, groups, 8, 2) int16: float16
     zeros,  # the same; not read unless HAS_ZERO
     bias,  # (N,) float16; not read unless HAS_BIAS
     y,  # (M, N) as x
-    sums,  # (programs, rows, BT) float32; not touched where PARTS is 1
-    arrived,  # (programs / PARTS,) int32 zeros, zeros again afterwards
+    sums,  # (programs, rows, BT) float32; not touched unless SPLIT
+    arrived,  # (programs / PARTS,) int32 zeros, zeros again afterwards; likewise
     M,
     N,
-    stride,
+    PARTS,  # of K
     UNITS: gl.constexpr,
-    GROUP_PLANES: gl.constexpr,  # 2, or a multiple of 4
+    BITS: gl.constexpr,
+    GROUP_PLANES: gl.constexpr,  # planes that share a scale: an even number
     HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BF16: gl.constexpr,
-    PARTS: gl.constexpr,
+    SPLIT: gl.constexpr,  # PARTS is more than 1
     WARPS: gl.constexpr,
     BT: gl.constexpr,
     REPS: gl.constexpr,  # tiles of every warp
-    AHEAD: gl.constexpr,  # units asked for before they are needed; divides the units of a part
-    STAGES: gl.constexpr,  # blocks of x in shared memory
+    AHEAD: gl.constexpr,  # units of a turn, asked for a turn before they are needed
+    STAGES: gl.constexpr,  # blocks of x in shared memory; divides a turn's
+    PIECES: gl.constexpr,  # of a block's 64 columns, multiplied one after the other: 1, 2 or 4
+    OPEN: gl.constexpr,  # products that may be unfinished while the next weights are made; at most PIECES * REPS
     PDL: gl.constexpr,
 ):
     """One program: 16 * WARPS * REPS rows of weights times BT rows of x over one part of K."""
     T: gl.constexpr = WARPS * 32
     ROWS: gl.constexpr = WARPS * 16 * REPS
     KIND: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
-    GROUPS: gl.constexpr = (UNITS * 4 + GROUP_PLANES - 1) // GROUP_PLANES
-    GROUP: gl.constexpr = GROUP_PLANES // 4
-    LENGTH: gl.constexpr = UNITS // PARTS
+    PLANES: gl.constexpr = planes(BITS)
+    WORDS: gl.constexpr = words_in(BITS)
+    UNIT: gl.constexpr = PLANES * 16  # columns
+    TOGETHER: gl.constexpr = units_at_once(PLANES)
+    STEPS: gl.constexpr = AHEAD * PLANES // 4  # of 64 columns, in a turn
+    gl.static_assert(STEPS % STAGES == 0)
+    gl.static_assert(OPEN <= PIECES * REPS)
+    GROUPS: gl.constexpr = (UNITS * PLANES + GROUP_PLANES - 1) // GROUP_PLANES
+    SCALES: gl.constexpr = (PLANES + GROUP_PLANES - 1) // GROUP_PLANES  # of a unit
+    TURNS: gl.constexpr = (UNITS + AHEAD - 1) // AHEAD  # of all of K, AHEAD units each
     P: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
+    B4: gl.constexpr = gl.BlockedLayout([1, 2, 2, 2], [32, 1, 1, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+    S: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, B4))
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BT, 16])
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     part = gl.program_id(0) % PARTS
     turn = gl.program_id(0) // PARTS
     blocks_of_x = gl.cdiv(M, BT)
     block, first_row = turn // blocks_of_x, turn % blocks_of_x * BT
-    first = part * LENGTH
+    first = part * TURNS // PARTS * AHEAD
+    last = (part + 1) * TURNS // PARTS * AHEAD
     tid = gl.arange(0, T, gl.SliceLayout(1, P))
+    lane = tid & 31
     tile = block * (WARPS * REPS) + (tid >> 5)
-    at = words + ((tile * UNITS + first).to(gl.int64) * 256 + (tid & 31) * 8)[:, None]
+    at = words + ((tile * UNITS).to(gl.int64) * (WORDS * 256) + lane * 8)[:, None]
     at = at + gl.arange(0, 8, gl.SliceLayout(0, P))[None, :]
-    scales_at = pairs_at(scales, block * (WARPS * REPS), GROUPS, WARPS)
-    zeros_at = pairs_at(zeros, block * (WARPS * REPS), GROUPS, WARPS)
+    none = gl.zeros([T, 8], gl.int16, P)
+    odd = (0 - (lane & 1)).to(gl.int16)[:, None] + none
+    upper = (0 - (lane >> 1 & 1)).to(gl.int16)[:, None] + none
+    stay = gl.where((lane & 2) == 0, fields(BITS, False), fields(BITS, True)).to(gl.int16)[:, None] + none
+    by = gl.where((lane & 2) == 0, BITS, 32 - BITS).to(gl.int16)[:, None] + none
+    stid = gl.arange(0, T, gl.SliceLayout(1, S))
+    pair_at = (block * (WARPS * REPS) + (stid >> 5)).to(gl.int64) * (GROUPS * 16) + ((stid & 31) >> 2) * 2
+    pair_at = pair_at[:, None] + gl.arange(0, 2, gl.SliceLayout(0, S))[None, :]
     if PDL:
         gdc_launch_dependents()
-    ring = ()
-    for i in gl.static_range(AHEAD):
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    held, full = (), ()
+    for s in gl.static_range(STAGES):  # of their own each, so that no barrier is put between uses of two
+        held = held + (gl.allocate_shared_memory(KIND, [BT, 64], LINES),)
+        full = full + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
+        mbarrier.init(full[s], count=1)
+    ring, scale_ring, zero_ring = (), (), ()
+    for i in gl.static_range(AHEAD // TOGETHER):
         for r in gl.static_range(REPS):
-            ring = ring + (gl.load(at + (r * WARPS * UNITS + i) * 256, eviction_policy="evict_first"),)
+            for u in gl.static_range(TOGETHER):
+                unit = gl.minimum(first + i * TOGETHER + u, UNITS - 1)
+                ring = ring + (_words(at + (unit + r * WARPS * UNITS) * (WORDS * 256), WORDS),)
+                group = unit * PLANES // GROUP_PLANES + r * WARPS * GROUPS
+                scale_ring = scale_ring + _pairs(scales + pair_at, group, SCALES)
+                if HAS_ZERO:
+                    zero_ring = zero_ring + _pairs(zeros + pair_at, group, SCALES)
+    fence_async_shared()
+    barrier()
     if PDL:
         gdc_wait()
-    m = gl.minimum(first_row + gl.arange(0, BT, gl.SliceLayout(1, X)), M - 1)
-    x_at = x + (m * stride + first * 64)[:, None] + gl.arange(0, 64, gl.SliceLayout(0, X))[None, :]
-    LINES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    held = gl.allocate_shared_memory(KIND, [STAGES, BT, 64], LINES)
-    made = gl.allocate_shared_memory(KIND, [3, ROWS, 64], LINES)
-    for i in gl.static_range(STAGES - 2):
-        load_async(held.index(i), x_at + i * 64)
-        async_copy.commit_group()
-    acc = gl.zeros([ROWS, BT], gl.float32, ACC)
-    for start in range(0, LENGTH, AHEAD):
-        rest = ring
-        ring = ()
-        for i in gl.static_range(AHEAD):
-            unit = start + i
-            tiles = made.index(unit % 3)
+    for s in gl.static_range(STAGES - 1):
+        mbarrier.expect(full[s], BT * 128)
+        load_tile(x, [first_row, first * UNIT + s * 64], full[s], held[s])
+    acc = ()
+    for _ in gl.static_range(REPS):
+        acc = acc + (gl.zeros([WARPS * 16, BT], gl.float32, ACC),)
+    phase = 0
+    for start in range(first, last, AHEAD):
+        words_here, scales_here, zeros_here = ring, scale_ring, zero_ring
+        ring, scale_ring, zero_ring = (), (), ()
+        turned = words_here[:REPS]
+        for j in gl.static_range(STEPS):
             for r in gl.static_range(REPS):
-                group = r * (WARPS * GROUPS) + (first + unit) * 4 // GROUP_PLANES
-                scale = by_register(scales_at, group, WARPS, P)
-                zero = scale
-                if HAS_ZERO:
-                    zero = by_register(zeros_at, group, WARPS, P)
-                w = rest[i * REPS + r]
-                left = _half(w, scale, zero, 0, HAS_ZERO, BF16, WARPS)
-                if GROUP == 0:
-                    scale = by_register(scales_at, r * (WARPS * GROUPS) + (first + unit) * 2 + 1, WARPS, P)
-                    if HAS_ZERO:
-                        zero = by_register(zeros_at, r * (WARPS * GROUPS) + (first + unit) * 2 + 1, WARPS, P)
-                right = _half(w, scale, zero, 1, HAS_ZERO, BF16, WARPS)
-                both = gl.reshape(gl.permute(gl.join(left, right), [0, 2, 1]), [WARPS * 16, 64])
-                tiles.slice(r * WARPS * 16, WARPS * 16, 0).store(both)
-                to = at + (gl.minimum(unit + AHEAD, LENGTH - 1) + r * WARPS * UNITS) * 256
-                ring = ring + (gl.load(to, eviction_policy="evict_first"),)
-            async_copy.wait_group(STAGES - 3)
-            fence_async_shared()
-            barrier()
-            acc = warpgroup_mma(tiles, held.index(unit % STAGES).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            # all warps are behind the barrier, so what was read two units ago may be written over
-            ahead = gl.minimum(unit + STAGES - 2, LENGTH - 1)
-            load_async(held.index((unit + STAGES - 2) % STAGES), x_at + ahead * 64)
-            async_copy.commit_group()
-    out = warpgroup_mma_wait(0, deps=[acc])
-    async_copy.wait_group(0)
-    if PARTS > 1:
-        row = gl.arange(0, ROWS, gl.SliceLayout(1, ACC))[:, None] * BT
+                for h in gl.static_range(PIECES):
+                    found = ()
+                    for q in gl.static_range(h * 4 // PIECES, (h + 1) * 4 // PIECES):
+                        if plane_of_step(j, q, PLANES) == 0:
+                            w = words_here[asked(unit_of_step(j, q, PLANES), r, PLANES, REPS)]
+                            w = _turned(w, odd, stay, by, upper, BITS)
+                            turned = turned[:r] + (w,) + turned[r + 1 :]
+                            unit = gl.minimum(start + AHEAD + unit_of_step(j, q, PLANES), UNITS - 1)
+                            ring = ring + (_words(at + (unit + r * WARPS * UNITS) * (WORDS * 256), WORDS),)
+                            group = unit * PLANES // GROUP_PLANES + r * WARPS * GROUPS
+                            scale_ring = scale_ring + _pairs(scales + pair_at, group, SCALES)
+                            if HAS_ZERO:
+                                zero_ring = zero_ring + _pairs(zeros + pair_at, group, SCALES)
+                        scale = scales_here[pair_of_step(j, q, r, PLANES, GROUP_PLANES, REPS)]
+                        scale = _spread(scale, WARPS, P)
+                        zero = scale
+                        if HAS_ZERO:
+                            zero = zeros_here[pair_of_step(j, q, r, PLANES, GROUP_PLANES, REPS)]
+                            zero = _spread(zero, WARPS, P)
+                        plane = _plane(
+                            turned[r], scale, zero, plane_of_step(j, q, PLANES), BITS, HAS_ZERO, BF16
+                        )
+                        found = found + (plane,)
+                    a = _operand(found, WARPS, A, 4 // PIECES)
+                    if r == 0 and h == 0:
+                        mbarrier.wait(full[j % STAGES], phase)
+                    if PIECES == 1:
+                        b = held[j % STAGES].permute((1, 0))
+                    else:
+                        b = held[j % STAGES].slice(h * (64 // PIECES), 64 // PIECES, 1).permute((1, 0))
+                    c = warpgroup_mma(a, b, acc[r], is_async=True)
+                    c = warpgroup_mma_wait(OPEN, deps=[c])
+                    acc = acc[:r] + (c,) + acc[r + 1 :]
+                    if r * PIECES + h == OPEN - 1:
+                        # what the step before read is free once every warp has come so far
+                        barrier()
+                        column = start * UNIT + (j + STAGES - 1) * 64
+                        more = column < last * UNIT
+                        mbarrier.expect(full[(j + STAGES - 1) % STAGES], BT * 128, pred=more)
+                        load_tile(
+                        x, [first_row, column], full[(j + STAGES - 1) % STAGES],
+                        held[(j + STAGES - 1) % STAGES], pred=more,
+                    )  # fmt: skip
+            if j % STAGES == STAGES - 1:
+                phase = phase ^ 1
+    BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16] if WARPS >= 8 else [4, 8], [WARPS, 1], [1, 0])
+    out = ()
+    for r in gl.static_range(REPS):
+        out = out + (warpgroup_mma_wait(0, deps=[acc[r]]),)
+    if SPLIT:
+        row = gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC))[:, None] * BT
         to = sums + turn.to(gl.int64) * (PARTS * ROWS * BT) + row
         to = to + gl.arange(0, BT, gl.SliceLayout(0, ACC))[None, :]
-        gl.store(to + part * (ROWS * BT), out)
+        for r in gl.static_range(REPS):
+            gl.store(to + part * (ROWS * BT) + r * (WARPS * 16 * BT), out[r])
         barrier()  # all of this program's sums are written before it reports
         if gl.atomic_add(arrived + turn, 1, sem="acq_rel") != PARTS - 1:
             return
         barrier()
-        out = gl.load(to, cache_modifier=".cg")
-        for q in gl.static_range(1, PARTS):
-            out += gl.load(to + q * (ROWS * BT), cache_modifier=".cg")
         gl.store(arrived + turn, 0)
-    if HAS_BIAS:
-        n = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-        out += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-    BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16] if WARPS >= 8 else [4, 8], [WARPS, 1], [1, 0])
-    final = gl.convert_layout(gl.permute(out.to(KIND), (1, 0)), BY_ROW)
-    mm = first_row + gl.arange(0, BT, gl.SliceLayout(1, BY_ROW))
-    nn = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, BY_ROW))
-    mask = (mm < M)[:, None] & (nn < N)[None, :]
-    gl.store(y + mm.to(gl.int64)[:, None] * N + nn[None, :], final, mask=mask)
+    for r in gl.static_range(REPS):
+        if SPLIT:
+            o = gl.load(to + r * (WARPS * 16 * BT), cache_modifier=".cg")
+            for q in range(1, PARTS):
+                o += gl.load(to + q * (ROWS * BT) + r * (WARPS * 16 * BT), cache_modifier=".cg")
+        else:
+            o = out[r]
+        if HAS_BIAS:
+            n = block * ROWS + r * (WARPS * 16) + gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC))
+            o += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+        final = gl.convert_layout(gl.permute(o.to(KIND), (1, 0)), BY_ROW)
+        mm = first_row + gl.arange(0, BT, gl.SliceLayout(1, BY_ROW))
+        nn = block * ROWS + r * (WARPS * 16) + gl.arange(0, WARPS * 16, gl.SliceLayout(0, BY_ROW))
+        mask = (mm < M)[:, None] & (nn < N)[None, :]
+        gl.store(y + mm.to(gl.int64)[:, None] * N + nn[None, :], final, mask=mask)
