@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from quantize.test_pipeline import job, run, source
 from quantmill.errors import BadRequest
-from quantmill.quantize.ranks import Ranks, join
+from quantmill.quantize.ranks import RankLost, Ranks, _told_to_end, join
 
 TESTS = Path(__file__).parents[1]
 RUN = """
@@ -128,3 +128,12 @@ def test_unlike_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ranks, "agreed", lambda self, value: "what rank 0 was given")
     with pytest.raises(BadRequest, match="rank 1 has other tokens than rank 0"):
         Ranks(1, 2).refuse_unless_alike("mine", "tokens")
+
+
+def test_torchrun_ends_the_first_rank_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sends SIGTERM to the others when a rank has died."""
+    answers: list[object] = []
+    monkeypatch.setattr(signal, "signal", lambda number, answer: answers.append(answer))
+    with pytest.raises(RankLost, match=r"another rank has died: start again.*--resume"):
+        _told_to_end(signal.SIGTERM, None)
+    assert answers == [signal.SIG_IGN], "a second one does not interrupt the ending"

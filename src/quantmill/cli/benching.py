@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantmill.cli.app import app
-from quantmill.cli.options import AsJson, Context, CpuExact, Device, Model, Threads
+from quantmill.cli.options import AsJson, Context, CpuExact, Device, Model, TensorParallel, Threads
 from quantmill.console import Console
 
 
@@ -32,6 +32,7 @@ def bench(
     selftest: Annotated[
         bool, typer.Option("--selftest/--no-selftest", help="a GPU compares its kernels first")
     ] = True,
+    tensor_parallel: TensorParallel = 1,
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast a model reads prompts and writes, beside what this machine's memory allows."""
@@ -42,7 +43,8 @@ def bench(
     console = Console(as_json)
     folder = resolve(model, notify=console.note, run=True)
     options = {"device": device, "threads": threads, "exact": cpu_exact, "context": context}
-    runtime, load_s = open_timed(folder, **options, kv_tokens=kv_tokens, selftest=selftest)
+    options |= {"kv_tokens": kv_tokens, "selftest": selftest, "tensor_parallel": tensor_parallel}
+    runtime, load_s = open_timed(folder, **options)
     plan = Plan(prompt, tokens, tuple(at_context or ()), tuple(batch or ()))
     console.document(run(runtime, plan, load_s, read_rate_of(runtime, threads), console))
     runtime.close()

@@ -54,7 +54,15 @@ def awq_variant(config: QuantConfig, *, sym: bool | None = None) -> Variant:
 
 
 def family() -> tuple[Variant, ...]:
-    """What a maker publishes of one model: GPTQ, AWQ and GGUF, from one calibration."""
+    """What a maker publishes of one model: a GPTQ, an AWQ and a GGUF repository, from one calibration.
+
+    Each folder of the output is one repository; the AWQ group is the largest that the model's shapes allow
+    (commands/family.py).
+    """
     config = QuantConfig()
-    mixes = tuple(gguf_variant(name, config) for name in FAMILY_MIXES)
-    return (Variant("main", config), awq_variant(config), *mixes)
+    chosen = (
+        ("gptq", Variant("main", config)),
+        ("awq", dataclasses.replace(awq_variant(config), branch="main")),
+        *(("gguf", gguf_variant(name, config)) for name in FAMILY_MIXES),
+    )
+    return tuple(dataclasses.replace(v, branch=f"{repository}/{v.branch}") for repository, v in chosen)

@@ -6,8 +6,8 @@ import dataclasses
 import os
 import shlex
 import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Any
 
 import typer
 
@@ -22,14 +22,26 @@ from quantmill.cli.options import (
     Damp,
     Dataset,
     Device,
+    Distill,
+    Events,
     GridName,
     Grouped,
     GroupSize,
+    MaxRam,
+    MaxVram,
+    Out,
+    PresetName,
+    Resume,
     Samples,
+    Seed,
     Seqlen,
     Source,
     Sym,
+    TargetKl,
+    TargetSize,
     Threads,
+    TrueSequential,
+    TuneBlocks,
     Variants,
 )
 from quantmill.console import Console, gigabytes, seconds
@@ -46,22 +58,38 @@ def plan(
     group_size: GroupSize = None,
     samples: Samples = 128,
     seqlen: Seqlen = 2048,
+    preset: PresetName = "fast",
+    max_vram: MaxVram = None,
+    max_ram: MaxRam = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict size, memory and time of each variant. Reads config.json, nothing else."""
+    from quantmill.commands.machine import memory_limit
     from quantmill.files import read_json
     from quantmill.quantize.plan import measure_flops, quantised_weights
     from quantmill.quantize.plan import plan as predict
+    from quantmill.quantize.presets import refuse_unknown
     from quantmill.sources import resolve
 
     console = Console(as_json)
     config = read_json(resolve(source, files="config", notify=console.note) / "config.json")
     chosen = choose_variants(variant, grid, bits, group_size, default_grid="card")
-    rows = predict(config, chosen, samples=samples, seqlen=seqlen, flops_per_second=measure_flops())
+    refuse_unknown(preset, trained=False)
+    rows = predict(
+        config,
+        chosen,
+        samples=samples,
+        seqlen=seqlen,
+        flops_per_second=measure_flops(),
+        max_vram=memory_limit(max_vram, "--max-vram"),
+        max_ram=memory_limit(max_ram, "--max-ram"),
+        preset=preset,
+    )
     console.say(f"{source}: {quantised_weights(config):,} weights to quantise, {samples} x {seqlen} tokens\n")
     head = ("branch", "bits", "group", "act order", "damp", "size", "bits/weight", "VRAM", "RAM", "time here")
     console.table(head, [_plan_row(r.to_json()) for r in rows])
     console.say("\nVRAM, RAM: to quantise on a GPU or on the CPU; to run, count the size and the KV cache.")
+    console.say(f"Beside a GPU, {gigabytes(rows[0].peak_host_bytes)} of host memory.")
     console.document({"source": source, "variants": [r.to_json() for r in rows]})
 
 
@@ -84,7 +112,7 @@ def _plan_row(row: dict[str, object]) -> tuple[str, ...]:
 @app.command()
 def quantize(
     source: Source,
-    out: Annotated[Path, typer.Option(help="a folder; each variant becomes a folder in it, named by branch")],
+    out: Out,
     variant: Variants = None,
     grid: GridName = None,
     bits: Bits = None,
@@ -93,31 +121,23 @@ def quantize(
     grouped: Grouped = False,
     sym: Sym = None,
     damp: Damp = None,
-    true_sequential: Annotated[bool, typer.Option(help="each linear sees its quantised predecessors")] = True,
+    true_sequential: TrueSequential = True,
     dataset: Dataset = "python-docs",
     seqlen: Seqlen = 2048,
     samples: Samples = 128,
-    seed: Annotated[int, typer.Option(help="draws the calibration blocks")] = 0,
-    preset: Annotated[str, typer.Option(help="fast, or best: several times the time, less loss")] = "fast",
-    tune_blocks: Annotated[
-        bool, typer.Option("--tune-blocks", help="with best: train scales and norms block by block")
-    ] = False,
-    target_size: Annotated[
-        str | None, typer.Option(help="choose bits per module for weight files of this size, e.g. 4.2GB")
-    ] = None,
-    target_kl: Annotated[
-        float | None, typer.Option(help="choose bits per module for this many nats per token, e.g. 0.02")
-    ] = None,
-    distill: Annotated[
-        bool, typer.Option("--distill", help="with best: train scales and norms on the original's logits")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on where an interrupted run stopped")] = False,
+    seed: Seed = 0,
+    preset: PresetName = "fast",
+    tune_blocks: TuneBlocks = False,
+    target_size: TargetSize = None,
+    target_kl: TargetKl = None,
+    distill: Distill = False,
+    resume: Resume = False,
     device: Device = "auto",
     threads: Threads = None,
-    max_vram: Annotated[str | None, typer.Option(help="GPU memory that may be taken, e.g. 16GB")] = None,
-    max_ram: Annotated[str | None, typer.Option(help="host memory that may be taken, e.g. 12GB")] = None,
+    max_vram: MaxVram = None,
+    max_ram: MaxRam = None,
     format: Annotated[str | None, typer.Option(help=FORMAT_HELP)] = None,
-    events: Annotated[Path | None, typer.Option(help="write a line of JSON for every event there")] = None,
+    events: Events = None,
     as_json: AsJson = False,
 ) -> None:
     """Quantise a model: one complete folder per variant."""
@@ -126,18 +146,12 @@ def quantize(
 
     console = Console(as_json, mute=os.environ.get("RANK", "0") != "0")  # torchrun starts several
     family_asked = grid == FAMILY and format is None
-    choice = (
-        family()
-        if family_asked
-        else choose_variants(variant, grid, bits, group_size, act_order, grouped, sym)
-    )
-    choice = choice if family_asked else in_container(choice, format, sym=sym)
+    typed = (variant, grid, bits, group_size, act_order, grouped, sym)
+    choice = family() if family_asked else in_container(choose_variants(*typed), format, sym=sym)
     request = Request(
         source=source,
         out=out,
-        variants=tuple(
-            dataclasses.replace(v, config=_changed(v.config, damp, true_sequential)) for v in choice
-        ),
+        variants=_changed(choice, damp, true_sequential),
         dataset=dataset,
         seqlen=seqlen,
         samples=samples,
@@ -153,18 +167,16 @@ def quantize(
         max_vram=max_vram,
         max_ram=max_ram,
         events=events,
+        family=family_asked,
     )
-    made = make(request, console)
-    console.document(made.to_json())
+    console.document(make(request, console).to_json())
 
 
-def _changed(config: QuantConfig, damp: float | None, true_sequential: bool) -> QuantConfig:
-    """A variant's configuration with what was asked for all of them."""
-    return dataclasses.replace(
-        config,
-        damp_percent=config.damp_percent if damp is None else damp,
-        true_sequential=true_sequential,
-    )
+def _changed(variants: Iterable[Variant], damp: float | None, true_sequential: bool) -> tuple[Variant, ...]:
+    """The variants with what was asked for all of them."""
+    more: dict[str, Any] = {"true_sequential": true_sequential}
+    more |= {} if damp is None else {"damp_percent": damp}
+    return tuple(dataclasses.replace(v, config=dataclasses.replace(v.config, **more)) for v in variants)
 
 
 def choose_variants(

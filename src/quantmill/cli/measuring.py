@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def eval_(
         str | None, typer.Option(help="another variant, compared on the same windows, intervals paired")
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="instead of a text: tasks of lm-eval, comma-separated (extra: tasks)")
+        str | None, typer.Option(help="instead of a text: tasks of lm-eval, or YAML files (extra: tasks)")
     ] = None,
     text: Annotated[str, typer.Option(help="a text file, or a data set as for --dataset")] = "python-library",
     ctx: Annotated[int, typer.Option(min=2, help="tokens per window")] = 1024,
@@ -70,7 +71,7 @@ def eval_(
     """Measure perplexity and, against the original, KL divergence and top-1 agreement."""
     from quantmill.commands import measuring
 
-    console = Console(as_json)
+    console = Console(as_json, mute=os.environ.get("RANK", "0") != "0")  # torchrun starts several
     if tasks is not None:
         from quantmill.commands.tasks import run_tasks, task_lines
 
@@ -103,8 +104,10 @@ def card(
 ) -> None:
     """Write README.md from the reports found, with pictures of size against loss and loss by layer."""
     from quantmill.commands.describing import describe
+    from quantmill.commands.family import describe_family, repositories
 
     console = Console(as_json)
-    path = describe(folder, name)
-    console.say(f"wrote {path}")
-    console.document({"card": str(path)})
+    paths = describe_family(folder, name) if repositories(folder) else [describe(folder, name)]
+    for path in paths:
+        console.say(f"wrote {path}")
+    console.document({"card": str(paths[0]), "cards": [str(p) for p in paths]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,9 @@ CpuExact = Annotated[
 ]
 Context = Annotated[
     int | None, typer.Option(min=1, help="positions to make room for; default: the model's, at most 32768")
+]
+TensorParallel = Annotated[
+    int, typer.Option(min=1, help="processes that share every layer: one per GPU, or per part of the CPU")
 ]
 Variants = Annotated[
     list[str] | None,
@@ -45,3 +49,26 @@ Dataset = Annotated[
 ]
 Samples = Annotated[int, typer.Option(min=1, help="calibration blocks")]
 Seqlen = Annotated[int, typer.Option(min=8, help="tokens per block")]
+
+# What `quantize` alone takes.
+Out = Annotated[Path, typer.Option(help="a folder; each variant becomes a folder in it, named by branch")]
+TrueSequential = Annotated[bool, typer.Option(help="each linear sees its quantised predecessors")]
+Seed = Annotated[int, typer.Option(help="draws the calibration blocks")]
+PresetName = Annotated[str, typer.Option(help="fast, or best: several times the time, less loss")]
+TuneBlocks = Annotated[
+    bool,
+    typer.Option("--tune-blocks", help="with best: train scales, norms, codes (2, 3 bits) block by block"),
+]
+TargetSize = Annotated[
+    str | None, typer.Option(help="choose bits per module for weight files of this size, e.g. 4.2GB")
+]
+TargetKl = Annotated[
+    float | None, typer.Option(help="choose bits per module for this many nats per token, e.g. 0.02")
+]
+Distill = Annotated[
+    bool, typer.Option("--distill", help="with best: train the same on the original's logits")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where an interrupted run stopped")]
+MaxVram = Annotated[str | None, typer.Option(help="GPU memory that may be taken, e.g. 16GB")]
+MaxRam = Annotated[str | None, typer.Option(help="host memory that may be taken, e.g. 12GB")]
+Events = Annotated[Path | None, typer.Option(help="write a line of JSON for every event there")]

@@ -10,7 +10,16 @@ from typing import Annotated
 import typer
 
 from quantmill.cli.app import app
-from quantmill.cli.options import SAMPLING, AsJson, Context, CpuExact, Device, Model, Threads
+from quantmill.cli.options import (
+    SAMPLING,
+    AsJson,
+    Context,
+    CpuExact,
+    Device,
+    Model,
+    TensorParallel,
+    Threads,
+)
 from quantmill.console import Console
 from quantmill.types import SamplingParams
 
@@ -32,6 +41,7 @@ def generate(
     threads: Threads = None,
     cpu_exact: CpuExact = False,
     context: Context = None,
+    tensor_parallel: TensorParallel = 1,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt."""
@@ -40,7 +50,15 @@ def generate(
 
     console = Console(as_json)
     params = SamplingParams(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
-    loaded, tokenizer = open_model(model, device, threads, console, exact=cpu_exact, context=context)
+    loaded, tokenizer = open_model(
+        model,
+        device,
+        threads,
+        console,
+        exact=cpu_exact,
+        context=context,
+        tensor_parallel=tensor_parallel,
+    )
     began = time.perf_counter()
     answer = run(loaded, tokenizer, prompt, params, on_text=console.stream, chat=not raw)
     console.stream("\n")
@@ -48,6 +66,7 @@ def generate(
     console.note(f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {speed:.1f} tok/s")
     counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
     console.document({"text": answer.text, **counts, "tok_s": round(speed, 2)})
+    loaded.close()
 
 
 @app.command()
@@ -60,6 +79,7 @@ def chat(
     threads: Threads = None,
     cpu_exact: CpuExact = False,
     context: Context = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Talk to a model in the terminal."""
     from quantmill.commands.running import open_model, remember_lines
@@ -67,13 +87,22 @@ def chat(
 
     console = Console()
     params = dataclasses.replace(SAMPLING, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    loaded, tokenizer = open_model(model, device, threads, console, exact=cpu_exact, context=context)
+    loaded, tokenizer = open_model(
+        model,
+        device,
+        threads,
+        console,
+        exact=cpu_exact,
+        context=context,
+        tensor_parallel=tensor_parallel,
+    )
     console.note("/quit ends, /reset forgets, /system TEXT, /set temperature 0.7, /regen answers anew")
     console.note(
         'a line that ends in \\ goes on in the next; """ alone begins and ends a text of several lines'
     )
     remember_lines()
     chat_loop(loaded, tokenizer, params, lambda: input("> "), console.stream)
+    loaded.close()
 
 
 @app.command()

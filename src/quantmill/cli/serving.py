@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantmill.cli.app import app
-from quantmill.cli.options import Context, CpuExact, Device, Threads
+from quantmill.cli.options import Context, CpuExact, Device, TensorParallel, Threads
 from quantmill.console import Console
 
 GIGABYTE = 1_000_000_000
@@ -44,9 +44,18 @@ def serve(
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, help="requests that may wait; then 429")] = 256,
     max_concurrent: Annotated[int, typer.Option(min=1, help="requests under way; then 429")] = 256,
+    engine_process: Annotated[
+        bool | None,
+        typer.Option(
+            "--engine-process/--engine-thread",
+            help="run a model beside the server or inside it; default: beside it on a GPU",
+            show_default=False,
+        ),
+    ] = None,
     cpu_exact: CpuExact = False,
     device: Device = "auto",
     threads: Threads = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Serve models: OpenAI's API, metrics, and a web UI."""
     from quantmill.commands.serving import serve_models
@@ -61,9 +70,11 @@ def serve(
         no_auth=no_auth,
         device=device,
         threads=threads,
+        engine_process=engine_process,
         exact=cpu_exact,
         context=context,
         kv_tokens=kv_tokens,
+        tensor_parallel=tensor_parallel,
         memory_bytes=None if memory is None else int(memory * GIGABYTE),
         max_concurrent=max_concurrent,
         max_concurrent_per_key=max_concurrent,

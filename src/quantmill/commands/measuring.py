@@ -5,19 +5,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantmill.commands.machine import pick_device, set_threads
 from quantmill.console import Console, progress
 from quantmill.errors import BadRequest
-from quantmill.evaluate import Ratio, Scores, Versus, compare, report, report_to_json, score, token_windows
+from quantmill.evaluate import (
+    Array,
+    Distance,
+    Ratio,
+    Scores,
+    Versus,
+    compare,
+    report,
+    report_to_json,
+    score,
+    token_windows,
+)
 from quantmill.files import write_json
 from quantmill.manifest import update_manifest
 from quantmill.quantize import calibration
+from quantmill.quantize.ranks import Ranks, join, leave
 from quantmill.runtime.load import load_model, load_tokenizer
 from quantmill.sources import resolve
 from quantmill.types import EvalReport
@@ -60,10 +74,14 @@ def measure_scores(
 ) -> Measured:
     """Score models, named freely, on one text. `models` maps a name to a folder, file or repository.
 
-    All of them and the original are in memory together, so that the original runs once per window.
+    All of them and the original are in memory together, so that the original runs once per window. Started by
+    torchrun, every rank scores its share of the windows; all have all scores in the end, and the first keeps them.
     """
     set_threads(protocol.threads)
     device = pick_device(protocol.device)
+    ranks = join(device)
+    if ranks.size > 1 and device == "cuda":
+        device = f"cuda:{torch.cuda.current_device()}"
     folders = {name: resolve(model, notify=console.note, run=True) for name, model in models.items()}
     tokenizer = load_tokenizer(next(iter(folders.values())))
     text = calibration.read_text(protocol.text, tokenizer)
@@ -73,20 +91,60 @@ def measure_scores(
     _refuse_long_windows(protocol.ctx, loaded)
     _warn_of_shared_text(folders, protocol.text, ids, tokenizer, console)
     cut = token_windows(ids, ctx=protocol.ctx, windows=protocol.windows)
-    with progress("scoring", 1000) as advance:
-        scores = score(
+    _refuse_unspread(cut, protocol, ranks)
+    with progress("scoring", 1000) if ranks.first else nullcontext(_silent) as advance:
+        own = score(
             loaded,
-            cut,
+            cut[ranks.rank :: ranks.size],
             original=original,
             progress=lambda done, passes: advance(1000 * done // passes - 1000 * (done - 1) // passes, ""),
         )
+    scores = _joined(ranks.gathered(own))
+    leave(ranks)
     named = {"text": Path(protocol.text).name, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
     reports = {name: report(scores[name], **named) for name in models}
     for name, folder in folders.items():
-        if protocol.save and (folder / QUANTIZE_REPORT).exists():
+        if ranks.first and protocol.save and (folder / QUANTIZE_REPORT).exists():
             write_json(folder / EVAL_REPORT, report_to_json(reports[name]))
             update_manifest(folder, (EVAL_REPORT,))
     return Measured(reports, scores)
+
+
+def _silent(steps: int, remark: str) -> None:
+    """The progress of a rank that does not speak."""
+
+
+def _refuse_unspread(cut: torch.Tensor, protocol: Protocol, ranks: Ranks) -> None:
+    """Ranks that were not given alike, or would have nothing to do."""
+    if ranks.size == 1:
+        return
+    ids = hashlib.sha256(cut.numpy().tobytes()).hexdigest()
+    ranks.refuse_unless_alike(f"{ids} {protocol.ctx}", "text or settings")
+    if len(cut) < ranks.size:
+        raise BadRequest(
+            f"{len(cut)} windows cannot be spread over {ranks.size} ranks: use --windows {ranks.size}"
+        )
+
+
+def _joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
+    """Scores of all windows from those of the ranks, rank r having every len(parts)-th from r on."""
+    return {name: _woven([p[name] for p in parts]) for name in parts[0]}
+
+
+def _woven(parts: Sequence[Scores]) -> Scores:
+    def weave(arrays: Sequence[Array]) -> Array:
+        whole = np.empty((sum(map(len, arrays)), *arrays[0].shape[1:]))
+        for rank, array in enumerate(arrays):
+            whole[rank :: len(arrays)] = array
+        return whole
+
+    distances = [p.distance for p in parts if p.distance is not None]
+    fields = [weave(columns) for columns in zip(*map(_columns, distances), strict=True)]
+    return Scores(weave([p.nll for p in parts]), Distance(*fields) if fields else None)
+
+
+def _columns(distance: Distance) -> list[Array]:
+    return [getattr(distance, field.name) for field in dataclasses.fields(distance)]
 
 
 def versus(

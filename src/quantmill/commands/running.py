@@ -22,11 +22,19 @@ def open_model(
     *,
     exact: bool = False,
     context: int | None = None,
+    tensor_parallel: int = 1,
 ) -> tuple[Runtime, TextTokenizer]:
     """Runtime and tokenizer of one revision; says which runtime."""
     folder = resolve(model, notify=console.note, run=True)
     tokenizer = open_tokenizer(folder)
-    runtime = open_runtime(folder, device=device, threads=threads, exact=exact, context=context)
+    runtime = open_runtime(
+        folder,
+        device=device,
+        threads=threads,
+        exact=exact,
+        context=context,
+        tensor_parallel=tensor_parallel,
+    )
     console.note(f"{folder.name}: {runtime.facts.name}")
     return runtime, tokenizer
 

@@ -1,6 +1,7 @@
-"""Several processes quantising one model together, over torch.distributed: who does what, and what is exchanged.
+"""Several processes at one task, over torch.distributed: who does what, and what is exchanged.
 
-    torchrun --nproc-per-node N --no-python quantmill quantize ...
+    torchrun --nproc-per-node N -m quantmill quantize ...
+    torchrun --nproc-per-node N -m quantmill eval ...
 
 Batches of tokens are spread over the ranks, and their Hessians added up; every rank factors the same H and
 solves its share of the rows, which do not know of each other; codes and scales go to all. Rank 0 alone
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +25,10 @@ from torch import Tensor
 from quantmill.errors import BadRequest, UserError
 from quantmill.types import IntLinear
 
+CURE = (
+    "start again, with as many processes as there are; quantize has kept finished blocks and goes on with "
+    "--resume"
+)
 PATIENCE = datetime.timedelta(minutes=30)  # rank 0 may write this long before others give it up
 
 
@@ -94,6 +101,17 @@ class Ranks:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """All ranks' values, in their order, on all ranks."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        with _told_of_loss(self):
+            dist.all_gather_object(values, value)
+        return values
+
     def refuse_unless_alike(self, value: str, what: str) -> None:
         """Raises BadRequest where a rank was given something else than rank 0."""
         if self.agreed(value) != value:
@@ -114,7 +132,20 @@ def join(device: str) -> Ranks:
     if not dist.is_initialized():
         with _told_of_loss(ranks):
             dist.init_process_group({"cuda": "nccl"}.get(kind, "gloo"), timeout=PATIENCE)
+    if ranks.first:
+        _answer_sigterm(_told_to_end)
     return ranks
+
+
+def _answer_sigterm(answer: Callable[[int, object], None] | signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, answer)
+
+
+def _told_to_end(number: int, frame: object) -> None:
+    """torchrun ends the others when one has died, as a rule before a sum can notice."""
+    _answer_sigterm(signal.SIG_IGN)
+    raise RankLost(f"rank 0 was told to end, as torchrun does when another rank has died: {CURE}")
 
 
 def leave(ranks: Ranks) -> None:
@@ -125,6 +156,8 @@ def leave(ranks: Ranks) -> None:
         with _told_of_loss(ranks):
             dist.barrier()
         dist.destroy_process_group()
+        if ranks.first:
+            _answer_sigterm(signal.SIG_DFL)
 
 
 @contextmanager
@@ -133,8 +166,6 @@ def _told_of_loss(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:  # torch.distributed raises subclasses of it, gloo the class itself
-        reason = str(e).strip().splitlines()[0][:160]
-        raise RankLost(
-            f"rank {ranks.rank} of {ranks.size} lost the others ({reason}): finished blocks are kept, run the "
-            "command again with --resume, with as many processes as there are"
-        ) from e
+        _answer_sigterm(signal.SIG_IGN)  # this process ends by itself
+        reason = str(e).strip().splitlines()[0].partition(". ")[0][-100:]
+        raise RankLost(f"rank {ranks.rank} of {ranks.size} lost the others ({reason}): {CURE}") from e

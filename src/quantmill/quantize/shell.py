@@ -156,7 +156,10 @@ class _Ahead:
 
     def __init__(self, read: Callable[[int], dict[str, Tensor]], count: int) -> None:
         self.read, self.count = read, count
-        self.pool = ThreadPoolExecutor(1)
+        # a thread begins with the first GPU, whichever this process has taken
+        self.pool = ThreadPoolExecutor(
+            1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
+        )
         self.coming: dict[int, Future[dict[str, Tensor]]] = {}
 
     def take(self, index: int) -> dict[str, Tensor]:

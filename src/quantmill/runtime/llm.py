@@ -9,25 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
 from quantmill.errors import BadRequest
 from quantmill.runtime.constraints import Constraint, ConstraintCompiler
 from quantmill.runtime.engine import Engine
+from quantmill.runtime.engine_child import Opening
+from quantmill.runtime.engine_process import EngineProcess
 from quantmill.runtime.engine_thread import EngineThread
 from quantmill.runtime.engine_types import EngineConfig, Reason, Request
-from quantmill.runtime.interface import Floats, Runtime
+from quantmill.runtime.interface import Floats, Runtime, RuntimeFacts
 from quantmill.runtime.llm_mail import Box, LoopBox, Post, ThreadBox
 from quantmill.runtime.llm_text import Answer, Delta, Reply
 from quantmill.runtime.tokenizer import Message, TextTokenizer, open_tokenizer
 from quantmill.types import SamplingParams
 
 Prompt = str | Sequence[int]  # text, or token ids as they are
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,13 @@ class LLM:
         exact: bool = False,
         context: int | None = None,
         kv_tokens: int | None = None,
+        tensor_parallel: int = 1,
         engine: EngineConfig | None = None,
+        apart: bool = False,
     ) -> None:
-        """model: a folder, a .gguf file or owner/name[:branch]; kv_tokens: positions that the cache holds.
+        """model: a folder, a .gguf file or owner/name[:branch]; kv_tokens: positions that the cache holds;
+        tensor_parallel: processes that share every layer; apart: the model and its engine in a process of their
+        own (a script then needs `if __name__ == "__main__":`).
 
         Raises SourceNotFound, UnsupportedModel, BadCheckpoint, BadRequest.
         """
@@ -65,10 +73,20 @@ class LLM:
 
         folder = resolve(str(model), run=True)
         tokenizer = open_tokenizer(folder)
-        runtime = open_runtime(
-            folder, device=device, threads=threads, exact=exact, context=context, kv_tokens=kv_tokens
+        opening = partial(
+            open_runtime,
+            folder,
+            device=device,
+            threads=threads,
+            exact=exact,
+            context=context,
+            kv_tokens=kv_tokens,
+            tensor_parallel=tensor_parallel,
         )
-        self._start(runtime, tokenizer, engine)
+        if apart:
+            self._start_apart(partial(_open_both, opening, folder), tokenizer, engine)
+        else:
+            self._start(opening(), tokenizer, engine)
 
     @classmethod
     def over(cls, runtime: Runtime, tokenizer: TextTokenizer, engine: EngineConfig | None = None) -> Self:
@@ -77,17 +95,43 @@ class LLM:
         self._start(runtime, tokenizer, engine)
         return self
 
+    @classmethod
+    def over_process(
+        cls, opening: Opening, tokenizer: TextTokenizer, engine: EngineConfig | None = None
+    ) -> Self:
+        """The same over a runtime that `opening` opens in a process of its own. Raises what it raises."""
+        self = cls.__new__(cls)
+        self._start_apart(opening, tokenizer, engine)
+        return self
+
     def _start(self, runtime: Runtime, tokenizer: TextTokenizer, config: EngineConfig | None) -> None:
-        self.runtime, self.tokenizer, self.facts = runtime, tokenizer, runtime.facts
-        self.constraints = ConstraintCompiler(tokenizer, self.facts.vocab_size, self.facts.eos_token_ids)
+        self.runtime: Runtime | None = runtime  # None: it is in another process
         self._post = Post()
-        self.engine = EngineThread(Engine(runtime, config), self._post.deliver)
+        self.engine: EngineThread | EngineProcess = EngineThread(Engine(runtime, config), self._post.deliver)
+        self._know(runtime.facts, tokenizer)
+
+    def _start_apart(self, opening: Opening, tokenizer: TextTokenizer, config: EngineConfig | None) -> None:
+        self.runtime, self._post = None, Post()
+        self.engine = engine = EngineProcess(opening, self._post.deliver, config)
+        self._know(engine.facts, tokenizer)
+
+    def _know(self, facts: RuntimeFacts, tokenizer: TextTokenizer) -> None:
+        self.facts, self.tokenizer = facts, tokenizer
+        self.constraints = ConstraintCompiler(tokenizer, facts.vocab_size, facts.eos_token_ids)
         self._numbers = itertools.count()
+
+    def beside(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run a function in the process that holds the model. It must leave the runtime alone."""
+        if isinstance(self.engine, EngineProcess):
+            result: Result = self.engine.call(function, *arguments)
+            return result
+        return function(*arguments)
 
     def close(self) -> None:
         """End what is under way and give the model's memory back."""
         self.engine.close()
-        self.runtime.close()
+        if self.runtime is not None:
+            self.runtime.close()
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +154,7 @@ class LLM:
         answers: list[Answer | None] = [None] * len(jobs)
         under_way: dict[str, tuple[int, Reply]] = {}
         box, left = ThreadBox(), list(enumerate(jobs))[::-1]
-        most = self.engine.engine.config.max_waiting
+        most = self.engine.max_waiting
         try:
             while left or under_way:
                 while left and len(under_way) < most:
@@ -188,7 +232,7 @@ class LLM:
         name, ids = str(next(self._numbers)), self.ids(job.prompt)
         params = replace(job.params, n=1, best_of=None) if job.embed else job.params
         reply = Reply(ids, params, self.tokenizer, lambda choice: self._stop_string(name, choice))
-        request = Request(name, ids, params, job.client, matcher, job.score_prompt, job.embed)
+        request = Request(name, ids, params, job.client, matcher, job.constraint, job.score_prompt, job.embed)
         self._post.open(name, box)
         try:
             self.engine.submit(request)
@@ -219,6 +263,11 @@ class OpenReply:
 
     async def __aexit__(self, *_: object) -> None:
         self._llm._leave(self._name)
+
+
+def _open_both(opening: Callable[[], Runtime], folder: Path) -> tuple[Runtime, TextTokenizer]:
+    """In the engine's own process."""
+    return opening(), open_tokenizer(folder)
 
 
 def unit(vector: Floats | None) -> Floats:

@@ -30,6 +30,7 @@ class Wanted:
     context: int | None
     kv_tokens: int | None
     selftest: bool
+    ranks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +55,24 @@ def open_runtime(
     context: int | None = None,
     kv_tokens: int | None = None,
     selftest: bool = True,
+    tensor_parallel: int = 1,
 ) -> Runtime:
     """Open a model folder, quantised or plain, with the first backend of the table that serves it.
 
     device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1". threads: of the processor; None: one
     per core. exact: float32 activations. context: positions a sequence may have; None: the model's, at most
     32768. kv_tokens: positions the cache holds, all sequences together; None: by the free memory. selftest:
-    let a GPU compare its kernels with the reference first.
+    let a GPU compare its kernels with the reference first. tensor_parallel: processes that share every layer,
+    each on a GPU of its own, or on some of the processor's cores.
 
     Raises SourceNotFound, BadCheckpoint, BadRequest, and UnsupportedModel where no backend knows the model.
     """
     if not folder.is_dir():
         raise SourceNotFound(f"{folder} is no folder: give a folder with config.json and *.safetensors")
     _check_device(device)
-    wanted = Wanted(folder, device, threads, exact, context, kv_tokens, selftest)
+    wanted = Wanted(folder, device, threads, exact, context, kv_tokens, selftest, tensor_parallel)
+    if wanted.ranks != 1:
+        return _open_parallel(wanted)
     passed: list[str] = []
     for row in BACKENDS:
         reason = row.refuses(wanted)
@@ -155,6 +160,47 @@ def _open_cpu(wanted: Wanted) -> Runtime:
         context=wanted.context,
         kv_tokens=wanted.kv_tokens,
     )
+
+
+def _open_parallel(wanted: Wanted) -> Runtime:
+    """On several ranks. Everything that can be refused is, before a weight is read."""
+    from quantmill.checkpoint import open_checkpoint
+    from quantmill.runtime.cpu.settings import read_settings
+    from quantmill.runtime.parallel.opening import Asked, gpus_shared
+    from quantmill.runtime.parallel.part import shares
+    from quantmill.runtime.parallel.runtime import ParallelRuntime
+
+    checkpoint = open_checkpoint(wanted.folder)
+    read_settings(checkpoint.config)
+    shares(checkpoint, wanted.ranks)
+    refused = _gpu_refuses(wanted)
+    on_gpu = refused is None
+    if wanted.device.startswith("cuda") and (refused or wanted.device != "cuda"):
+        why = refused or "ranks take the first GPUs, which CUDA_VISIBLE_DEVICES chooses"
+        raise BadRequest(f"--device {wanted.device} with several ranks: {why}: use --device cuda or cpu")
+    if on_gpu:
+        gpus_shared(wanted.ranks, gpu_count())
+    threads = wanted.threads
+    if not on_gpu:
+        from quantmill.kernels.cpu.pool import default_threads
+
+        threads = max(1, (threads or default_threads()) // wanted.ranks)
+    runtime = ParallelRuntime.start(
+        Asked(
+            folder=str(wanted.folder),
+            meeting="",
+            rank=0,
+            size=wanted.ranks,
+            device="cuda" if on_gpu else "cpu",
+            threads=threads,
+            exact=wanted.exact,
+            context=wanted.context,
+            kv_tokens=wanted.kv_tokens,
+            selftest=wanted.selftest,
+        )
+    )
+    log.info("%s: %s", wanted.folder.name, runtime.facts.name)
+    return runtime
 
 
 def _never(wanted: Wanted) -> str | None:

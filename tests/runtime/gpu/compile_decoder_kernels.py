@@ -28,8 +28,6 @@ FLOAT32 = (
     "residual",
     "gain",
     "bias",
-    "sums",
-    "tops",
     "y",
     "logits",
     "sharpness",
@@ -37,13 +35,14 @@ FLOAT32 = (
     "uniforms",
     "squares",
 )
+WORDS = ("sums", "tops")
 INTEGERS = (
     "positions",
     "sequences",
     "pages",
     "tiles",
     "places_of",
-    "arrived",
+    "turns_of",
     "order",
     "tokens",
     "top_ks",
@@ -68,6 +67,8 @@ def compiled(
             kinds[name] = "constexpr"
         elif name in FLOAT32:
             kinds[name] = "*fp32"
+        elif name in WORDS:
+            kinds[name] = "*i64" if constants["POSTED"] else "*fp32"
         elif name in INTEGERS or (name == "places" and "logits" in names):
             kinds[name] = "*i32"
         elif name in HALVES:
@@ -96,16 +97,18 @@ def main() -> None:
                 "ROWS": 16,
                 "GROUP": 4,
                 "PARTS": 16,
+                "BLOCK": 128,
                 "HAS_ORDER": False,
+                "POSTED": dtype == "fp16",
                 "WRITES": True,
-                "AHEAD": 4,
+                "AHEAD": 2,
                 "PDL": early,
             }
             tile = {"SCALE": 0.09, "ROWS": 64, "HAS_ORDER": False, "HAS_WINDOW": True}
-            for name, kernel, more in (("rows", rows_kernel, rows), ("tile", tile_kernel, tile)):
-                report[f"{name} {dtype} {fp8}"] = compiled(
-                    kernel, {**shared, **more}, capability, dtype, 4, 3
-                )
+            report[f"rows {dtype} {fp8}"] = compiled(
+                rows_kernel, {**shared, **rows}, capability, dtype, ops.ROW_WARPS, 1
+            )
+            report[f"tile {dtype} {fp8}"] = compiled(tile_kernel, {**shared, **tile}, capability, dtype, 4, 3)
             report[f"cache {dtype} {fp8}"] = compiled(
                 cache_kernel, {**shared, "BLOCK": 16, "PDL": early}, capability, dtype, 1, 3
             )
@@ -122,7 +125,7 @@ def main() -> None:
         start = {"HAS_POSITION": True, "BLOCK": 4096}
         report[f"start {dtype}"] = compiled(start_kernel, start, capability, dtype, 8, 3)
         report[f"silu {dtype}"] = compiled(
-            silu_kernel, {"BLOCK": 1024, "PDL": early}, capability, dtype, 4, 3
+            silu_kernel, {"SPAN": 8, "BLOCK": 1024, "PDL": early}, capability, dtype, 4, 3
         )
         for bm, bn, warps, stages in ops.DENSE_SHAPES:
             dense = {

@@ -197,9 +197,10 @@ def test_long_prompts_pass_in_parts(tmp_path, device, monkeypatch):
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_many_rows(shuffled, tmp_path, device, monkeypatch):
-    """Through dense copies, as prompts beyond `FEW` tokens go."""
-    monkeypatch.setattr(gpu, "FEW", 16)
-    monkeypatch.setattr("quantmill.runtime.gpu.layers.CHUNK", 8)
+    """Through dense copies of some outputs at a time and torch's attention, as long prompts go."""
+    for name, value in (("FEW", 16), ("DENSE_ROWS", 18), ("DENSE_OUTPUTS", 128)):
+        monkeypatch.setattr(f"quantmill.runtime.gpu.projection.{name}", value)
+    monkeypatch.setattr("quantmill.runtime.gpu.prompts.LEAST_ROWS", 16)
     order = ActOrder.GROUPED if shuffled else ActOrder.STATIC
     twin = made(tmp_path, "qwen2", QuantConfig(bits=4, group_size=16, act_order=order), shuffled)
     ids = ids_of(21)
@@ -224,7 +225,7 @@ def test_fused_steps(shuffled, tmp_path, device):
         error(torch.from_numpy(runtime.hidden([Piece(ids[:3], 0, (3,))])), runtime_states(twin, ids)) < 5e-3
     )
     assert runtime.model.fused
-    plain = read(opened(tmp_path, device), ids, 20)
+    plain = read(opened(tmp_path, device, fused=False), ids, 20)
     assert error(plain, mine) < 3e-3
     assert not torch.equal(plain[20:], mine[20:]), "these are two ways"
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from quantmill.runtime.gpu import ops, tensors, twins
+from quantmill.runtime.gpu import ops, prompts, tensors, twins
 from quantmill.runtime.interface import PAGE
 
 CONTEXT = 1600
@@ -128,15 +128,17 @@ def test_write_cache(device, fp8, norms, count):
 
 
 @pytest.mark.parametrize(
-    ("count", "kv", "size", "window", "fp8", "norms", "writes"),
+    ("count", "kv", "size", "window", "fp8", "norms", "writes", "posted"),
     [
-        (4, 2, 16, 0, False, False, True),
-        (4, 2, 16, 100, False, False, False),
-        (6, 2, 24, 0, True, True, True),  # a group and a size that are no powers of two
-        (4, 4, 16, 1, False, True, True),
+        (4, 2, 16, 0, False, False, True, False),
+        (4, 2, 16, 0, False, False, True, True),
+        (4, 2, 16, 100, False, False, False, False),
+        (6, 2, 24, 0, True, True, True, True),  # a group and a size that are no powers of two
+        (4, 4, 16, 1, False, True, True, False),
     ],
 )
-def test_attend_rows(device, count, kv, size, window, fp8, norms, writes):
+def test_attend_rows(device, count, kv, size, window, fp8, norms, writes, posted, monkeypatch):
+    monkeypatch.setattr(ops, "POSTED", posted)
     heads = make_heads(device, count, kv, size, window, norms)
     positions = [0, 62, 63, 64, -1, 255, 256, 300, CONTEXT - 1]
     rows = make_rows(positions, list(range(len(positions))), device)
@@ -148,10 +150,13 @@ def test_attend_rows(device, count, kv, size, window, fp8, norms, writes):
             copied(start),
             torch.zeros(len(positions), count * size, dtype=torch.float16, device=device),
         )
+        if not writes:
+            module.write_cache(qkv, heads, cache, rows)
         module.attend_rows(qkv, heads, cache, rows, scratch, None, out, writes=writes)
         found.append(out)
     assert near(*found, times=8 if fp8 else 1)  # a value between two of float8's may go either way
-    assert not scratch.arrived.any()
+    parted = [[int(posted and p >= ops.BLOCK * ops.LEAST)] * kv for p in positions]
+    assert window or scratch.turns.tolist() == parted
 
 
 def test_a_rows_bits_do_not_depend_on_the_others(device):
@@ -185,6 +190,36 @@ def test_attend_tiles(device, window, fp8, ordered):
         module.attend_tiles(qkv, heads, cache, tiles, pages, places_of, out, windowed=True)
         found.append(out)
     assert near(*found)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("count", [1, 90, 256])
+def test_attend_prompt(device, count, norms):
+    """Torch's attention behind `turn` gives what the tile kernel's twin gives; the cache is filled alike."""
+    heads = make_heads(device, 6, 2, 24, norms=norms)
+    rows = make_rows(list(range(count)), [0] * count, device)
+    qkv, before = random(count, heads.width, device=device), make_cache(heads, CONTEXT // PAGE, device)
+    caches = [copied(before), copied(before)]
+    mine = prompts.attend_prompt(qkv, heads, caches[0], rows)
+    wanted = torch.empty(count, 144, dtype=torch.float16, device=device)
+    tiles = torch.tensor([[0, count, 0, 0]], dtype=torch.int32, device=device)
+    twins.write_cache(qkv, heads, caches[1], rows)
+    twins.attend_tiles(qkv, heads, caches[1], tiles, rows.pages, None, wanted, windowed=False)
+    assert near(mine, wanted)
+    assert near(caches[0].keys, caches[1].keys)
+    assert torch.equal(caches[0].values, caches[1].values)
+
+
+def test_what_torchs_attention_does_not_know(device):
+    heads = make_heads(device)
+    cache, eight = make_cache(heads, 1, device), make_cache(heads, 1, device, fp8=True)
+    on_cpu = device.type == "cpu" or torch.cuda.get_device_capability(device) >= prompts.FROM
+    assert prompts.can_attend(heads, cache, prompts.LEAST_ROWS, 0) == on_cpu
+    assert not prompts.can_attend(heads, cache, prompts.LEAST_ROWS - 1, 0)
+    assert not prompts.can_attend(heads, cache, prompts.LEAST_ROWS, 1)
+    assert not prompts.can_attend(heads, eight, prompts.LEAST_ROWS, 0)
+    windowed = dataclasses.replace(heads, window=prompts.LEAST_ROWS - 1)
+    assert not prompts.can_attend(windowed, cache, prompts.LEAST_ROWS, 0)
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -7,7 +7,7 @@ import torch
 
 from quantmill.errors import UnsupportedModel
 from quantmill.runtime.gpu import ops, tensors, trial
-from quantmill.runtime.gpu.trial import try_kernels
+from quantmill.runtime.gpu.trial import torch_attends, try_kernels
 
 
 def heads(device: torch.device, window: int = 0, norms: bool = False) -> tensors.Heads:
@@ -34,3 +34,19 @@ def test_a_kernel_that_is_off_is_named(device, name, monkeypatch):
     kernels = {"attend_rows": "rows", "gated": "norms"}
     with pytest.raises(UnsupportedModel, match=f"for {kernels.get(name, name)} are off"):
         try_kernels(heads(device), torch.float16, fp8=False)
+
+
+def test_prompts_go_without_torchs_attention_where_it_is_off(device, monkeypatch, caplog):
+    assert torch_attends(heads(device), torch.float16)
+    right = trial.prompts.attend_prompt
+    monkeypatch.setattr(trial.prompts, "attend_prompt", lambda *inputs: -right(*inputs))
+    monkeypatch.setattr(trial.prompts, "FROM", (0, 0))
+    assert not torch_attends(heads(device), torch.float16)
+    assert "torch's attention is off" in caplog.text
+
+    def missing(*inputs):
+        raise RuntimeError("No available kernel")
+
+    monkeypatch.setattr(trial.prompts, "attend_prompt", missing)
+    assert not torch_attends(heads(device), torch.float16)
+    assert "No available kernel" in caplog.text

@@ -16,6 +16,10 @@ class Step(IntEnum):
     UNITS_AT_ONCE = auto()  # that a thread claims
     LAYERS = auto()
     LAYERS_AT = auto()
+    FIRST_PART = auto()  # two to a layer, then the head; all at once unless ranks add up in between
+    LAST_PART = auto()
+    ADDED_TO_AT = auto()  # (rows, hidden) float32 that o and down are added to: the residual, or zeros
+    ADDED_TO_STRIDE = auto()
     HEADS = auto()
     KV_HEADS = auto()
     HIDDEN = auto()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,11 @@ from quantmill.runtime.cpu.settings import Settings, read_settings
 from quantmill.runtime.cpu.step import step_function
 from quantmill.runtime.cpu.store import Store, packed_store
 from quantmill.runtime.interface import PAGE, Piece, RuntimeFacts
+from quantmill.runtime.parallel.part import part_for
 from quantmill.runtime.tokenizer import end_tokens
+
+if TYPE_CHECKING:
+    from quantmill.runtime.parallel.team import Team
 
 MAX_TOKENS = 256  # in a pass
 MAX_PIECES = 64
@@ -50,8 +54,9 @@ class CpuRuntime:
         kv_tokens: int | None = None,
         isa: Isa | None = None,
         ends: tuple[int, ...] = (),
+        team: Team | None = None,
     ) -> None:
-        self.settings, self._store = settings, store
+        self.settings, self._store, self._team = settings, store, team
         self.precision, self.isa = precision, isa or choose()
         self._pool = shared_pool(threads or default_threads())
         self._half = self.isa.half_loads and precision != Precision.EXACT
@@ -80,6 +85,7 @@ class CpuRuntime:
         head_bits: int | None = None,
         isa: str | None = None,
         cache: Path | None = None,
+        team: Team | None = None,
     ) -> CpuRuntime:
         """Open a model folder; packs it for the CPU the first time and maps that file ever after.
 
@@ -87,24 +93,25 @@ class CpuRuntime:
         activations, a 16-bit cache and an 8-bit head; precision: another one for the activations (INT8
         reads prompts faster and costs a few thousandths of a nat a token). context: positions a sequence
         may have (None: the model's, at most 32768). kv_tokens: positions that the cache holds, all sequences
-        together (None: by the free memory). head_bits: 8 or 16 for a head that is not quantised. Raises
-        BadCheckpoint, UnsupportedModel, BadRequest.
+        together (None: by the free memory). head_bits: 8 or 16 for a head that is not quantised. team: the
+        ranks that share the model, each opening its part. Raises BadCheckpoint, UnsupportedModel, BadRequest.
         """
         if head_bits not in (None, 8, DENSE):
             raise BadRequest(f"head bits is {head_bits}; an output head is kept in 8 or 16 bits")
-        checkpoint = open_checkpoint(Path(folder))
+        checkpoint = part_for(open_checkpoint(Path(folder)), team)
         settings = read_settings(checkpoint.config)
         precision = precision or (Precision.EXACT if exact else Precision.INT16)
         bits = head_bits or (DENSE if precision == Precision.EXACT else 8)
         return cls(
             settings,
-            packed_store(checkpoint, {HEAD_BITS: bits}, cache),
+            packed_store(checkpoint, {HEAD_BITS: bits} | _of_team(team), cache),
             threads=threads,
             precision=precision,
             context=context,
             kv_tokens=kv_tokens,
             isa=choose(isa),
             ends=end_tokens(Path(folder)),
+            team=team,
         )
 
     def forward(self, pieces: Sequence[Piece]) -> Floats:
@@ -135,7 +142,21 @@ class CpuRuntime:
         self._hidden[: len(tokens)] = self._embed(tokens)
         record[Step.LOGITS_AT], record[Step.LOGITS_STRIDE] = self._logits.ctypes.data, self._logits.strides[0]
         self._tickets.fill(0)
-        self._pool.run(self._function.address, record.ctypes.data)
+        parts = 2 * self.settings.sizes.layers
+        if self._team is None:
+            self._run_parts(0, parts + 1)
+            return
+        import torch
+
+        hidden = torch.from_numpy(self._hidden[: len(tokens)])
+        for part in range(parts):
+            self._run_parts(part, part + 1)
+            self._team.add_up(hidden)
+        self._run_parts(parts, parts + 1)
+
+    def _run_parts(self, first: int, last: int) -> None:
+        self._record[Step.FIRST_PART], self._record[Step.LAST_PART] = first, last
+        self._pool.run(self._function.address, self._record.ctypes.data)
 
     def _embed(self, tokens: NDArray[np.int64]) -> Floats:
         rows = self._store.arrays["embedding"][tokens]
@@ -149,7 +170,8 @@ class CpuRuntime:
             raise BadRequest(f"context is {context}; this model reads 1 to {settings.positions} positions")
         per_page = page_bytes(sizes, self._half)
         positions = context or min(settings.positions, CONTEXT)
-        pages = page_count(kv_tokens, positions, per_page)
+        pages = page_count(kv_tokens, positions, per_page * (self._team.size if self._team else 1))
+        pages = self._team.least(pages) if self._team else pages
         windows = settings.windows
         window = max(windows) if min(windows) else None
         if window is None:
@@ -233,6 +255,7 @@ class CpuRuntime:
         record[Step.CONSTANTS_AT] = self._keep(np.array([settings.epsilon, scale], np.float32))
         record[Step.HIDDEN_AT] = self._hidden.ctypes.data
         record[Step.HIDDEN_STRIDE] = self._hidden.strides[0]
+        self._set_residual(record)
         query_width = sizes.heads * sizes.head_dim
         every = query_width + 2 * sizes.kv_heads * sizes.head_dim
         record[Step.QKV_AT], record[Step.QKV_STRIDE] = self._buffer(MAX_TOKENS, every)
@@ -246,6 +269,14 @@ class CpuRuntime:
         self._set_angles(record)
         self._set_scratch(record)
         return record
+
+    def _set_residual(self, record: NDArray[np.int64]) -> None:
+        """Of several ranks the first adds to the residual, the others to zeros: their sum is the new residual."""
+        if self._team is None or self._team.first:
+            record[Step.ADDED_TO_AT] = record[Step.HIDDEN_AT]
+            record[Step.ADDED_TO_STRIDE] = record[Step.HIDDEN_STRIDE]
+        else:
+            record[Step.ADDED_TO_AT], _ = self._buffer(1, self.settings.sizes.hidden)
 
     def _set_angles(self, record: NDArray[np.int64]) -> None:
         positions = np.arange(self.facts.context, dtype=np.float32)
@@ -265,6 +296,11 @@ class CpuRuntime:
         record[Step.AREAS_AT], record[Step.AREA_SIZE] = self._keep(np.zeros(3 * size, np.uint8)), size
         record[Step.TOTALS_AT], _ = self._buffer(threads * 2 * TILE, OUTPUT + sizes.head_dim)
         record[Step.TABLES_AT] = self._keep(np.zeros(threads * TILE * ROW, np.int64))
+
+
+def _of_team(team: Team | None) -> dict[str, int]:
+    """What tells a rank's packed weights from those of others."""
+    return {} if team is None else {"rank": team.rank, "ranks": team.size}
 
 
 def _same_input(a: tuple[CpuLinear, NDArray[np.int64]], b: tuple[CpuLinear, NDArray[np.int64]]) -> bool:

@@ -35,9 +35,9 @@ def read_settings(config: Json) -> Settings:
     architecture_of(config)
     kind = str(config["model_type"])
     if kind not in MODEL_TYPES:
-        raise UnsupportedModel(f"the CPU decoder knows {', '.join(MODEL_TYPES)}, not {kind}: {CURE}")
+        raise UnsupportedModel(f"our decoders know {', '.join(MODEL_TYPES)}, not {kind}: {CURE}")
     if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModel(f"hidden_act is {config['hidden_act']!r}; the CPU decoder does silu: {CURE}")
+        raise UnsupportedModel(f"hidden_act is {config['hidden_act']!r}; our decoders do silu: {CURE}")
     sizes = dimensions(config)
     for name in ("hidden", "intermediate", "head_dim"):
         if getattr(sizes, name) % 16:

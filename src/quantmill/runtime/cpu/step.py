@@ -239,14 +239,15 @@ def _attend(
 def _add(
     step: int, linear: int, source: int, stride: int, ticket: int, thread: int, threads: int, meeting: int
 ) -> None:
-    """hidden += linear(source)."""
+    """hidden = what it is added to, as a rule hidden itself, + linear(source)."""
     rows, area = field(step, S.ROWS), field(step, S.AREAS_AT)
     first, last = _mine(rows, thread, threads)
     for row in range(first, last):
         lay_row(linear, source + row * stride, row, rows, area, thread)
     _together(rows, meeting, threads)
     hidden, hidden_stride = field(step, S.HIDDEN_AT), field(step, S.HIDDEN_STRIDE)
-    multiply(linear, rows, area, hidden, hidden_stride, hidden, hidden_stride, thread, threads, ticket)
+    begin, begin_stride = field(step, S.ADDED_TO_AT), field(step, S.ADDED_TO_STRIDE)
+    multiply(linear, rows, area, begin, begin_stride, hidden, hidden_stride, thread, threads, ticket)
     meet(meeting, threads)
 
 
@@ -305,6 +306,27 @@ def _finish(step: int, ticket: int, thread: int, threads: int, meeting: int) -> 
     multiply(head, rows, area, field(head, FIELD_BIAS), 0, logits, stride, thread, threads, ticket)
 
 
+@inlined
+def _attention(
+    step: int, layer: int, tickets: int, head_dim: int, half: bool, tile: int,
+    thread: int, threads: int, meeting: int,
+) -> None:  # fmt: skip
+    """The first part of a layer."""
+    _qkv(step, layer, tickets, thread, threads, meeting)
+    _rotate(step, layer, head_dim, half, thread, threads, meeting)
+    _attend(step, layer, head_dim, half, tile, tickets + _ATTENTION, thread, threads, meeting)
+    mixed, stride = field(step, S.MIXED_AT), field(step, S.MIXED_STRIDE)
+    _add(step, field(layer, L.OUTPUT), mixed, stride, tickets + _OUTPUT, thread, threads, meeting)
+
+
+@inlined
+def _mlp(step: int, layer: int, tickets: int, thread: int, threads: int, meeting: int) -> None:
+    """The second part of a layer."""
+    _gate_up(step, layer, tickets + _GATE, thread, threads, meeting)
+    gates, stride = field(step, S.GATE_AT), field(step, S.GATE_STRIDE)
+    _add(step, field(layer, L.DOWN), gates, stride, tickets + _DOWN, thread, threads, meeting)
+
+
 @cache
 def step_function(head_dim: int, half: bool, tile: int) -> Any:
     """The C function of a step (a pool's job).
@@ -316,21 +338,15 @@ def step_function(head_dim: int, half: bool, tile: int) -> Any:
     @c_function(4)
     def run_step(step: int, thread: int, threads: int, meeting: int) -> None:
         built_from(stamp)
-        for i in range(field(step, S.LAYERS)):
-            layer = field(step, S.LAYERS_AT) + i * _LAYER_BYTES
-            tickets = field(step, S.TICKETS_AT) + i * _TICKET_BYTES
-            _qkv(step, layer, tickets, thread, threads, meeting)
-            _rotate(step, layer, head_dim, half, thread, threads, meeting)
-            attention = tickets + _ATTENTION
-            _attend(step, layer, head_dim, half, tile, attention, thread, threads, meeting)
-            mixed, mixed_stride = field(step, S.MIXED_AT), field(step, S.MIXED_STRIDE)
-            _add(
-                step, field(layer, L.OUTPUT), mixed, mixed_stride, tickets + _OUTPUT, thread, threads, meeting
-            )
-            _gate_up(step, layer, tickets + _GATE, thread, threads, meeting)
-            gates, stride = field(step, S.GATE_AT), field(step, S.GATE_STRIDE)
-            _add(step, field(layer, L.DOWN), gates, stride, tickets + _DOWN, thread, threads, meeting)
-        ticket = field(step, S.TICKETS_AT) + field(step, S.LAYERS) * _TICKET_BYTES
-        _finish(step, ticket, thread, threads, meeting)
+        layers = field(step, S.LAYERS)
+        for part in range(field(step, S.FIRST_PART), field(step, S.LAST_PART)):
+            layer = field(step, S.LAYERS_AT) + part // 2 * _LAYER_BYTES
+            tickets = field(step, S.TICKETS_AT) + part // 2 * _TICKET_BYTES
+            if part == 2 * layers:
+                _finish(step, tickets, thread, threads, meeting)
+            elif part % 2 == 0:
+                _attention(step, layer, tickets, head_dim, half, tile, thread, threads, meeting)
+            else:
+                _mlp(step, layer, tickets, thread, threads, meeting)
 
     return run_step

@@ -73,7 +73,8 @@ def packed_store(checkpoint: Checkpoint, options: dict[str, int], cache: Path | 
 def prune(kept: Path, origin: Json) -> list[Path]:
     """Remove stores beside `kept`: older ones of the same origin, those unused for UNUSED_DAYS, and the longest
     unused until all together fit CAP. A process that has one mapped keeps it. Returns what was removed."""
-    others = sorted((p for p in kept.parent.iterdir() if p != kept and (p / INDEX).exists()), key=_used)
+    found = (p for p in kept.parent.iterdir() if p.name[0] != ".")  # those are being made, or removed
+    others = sorted((p for p in found if p != kept and (p / INDEX).exists()), key=_used)
     total = sum(map(_size, [kept, *others]))
     removed = []
     for folder in others:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.fused import can_fuse, fused_logits, fused_states, with_gains
-from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, Way, final_states, logits_of
+from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, Way, final_states, logits_of, whole
 from quantmill.runtime.gpu.projection import Projection
 from quantmill.runtime.gpu.selftest import Probe, compare
 from quantmill.runtime.gpu.tensors import Rows
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 FUSED_TOLERANCE = 0.02  # of the logits' norm
 TOKENS = 16  # as many rows as the smallest tile of a product takes
+REPEATS = 4  # of them, so that the kernel for many rows is tried, too
 
 
 def check_model(model: Model) -> list[float]:
@@ -44,13 +45,14 @@ def check_model(model: Model) -> list[float]:
         if found is not None and found[0]:
             own = x if projection.order is None else x.index_select(1, _inverse(projection))
             compare(*found, own, few, "few rows")
-            compare(*found, own, projection.many(x), "many rows")
+            compare(*found, own, projection.through_copy(x), "a dense copy")
+            compare(*found, own, projection.many(x.repeat(REPEATS, 1))[: len(x)], "many rows")
         return few
 
     attention = RowsAttention(
         rows, ops.make_scratch(TOKENS, model.heads[0], weights.embedding.device), alone=False
     )
-    way = Way(product, lambda projection, x: [(slice(None), product(projection, x))])
+    way = Way(product, lambda projection, x: whole(product(projection, x)))
     seen: list[Tensor] = []
     final_states(
         model, rows.tokens, way, attention, lambda x: seen.append(x.square().mean(1).sqrt().median())
@@ -74,22 +76,37 @@ def prepared(model: Model, fused: bool) -> Model:
 
 
 def _fused_error(model: Model) -> float:
-    """Relative difference of the logits of a few tokens, with kernels between the linears and without."""
+    """Relative difference of the logits of a few tokens, with kernels between the linears and without.
+
+    Infinite where they do not compile, or where a row's bits depend on how many rows there are.
+    """
     from triton.errors import TritonError
 
-    rows, scratch = (
-        _few_tokens(model),
-        ops.make_scratch(TOKENS, model.heads[0], model.weights.embedding.device),
-    )
-    attention = RowsAttention(rows, scratch, alone=False)
+    rows = _few_tokens(model)
+    attention = _attention(model, rows)
     wanted = logits_of(model, final_states(model, rows.tokens, FEW_ROWS, attention))
     try:
         found = fused_logits(model, *fused_states(model, rows.tokens, attention))
+        more = _repeated(rows)
+        all_found = fused_logits(model, *fused_states(model, more.tokens, _attention(model, more)))
     except TritonError as error:
         log.warning("fused steps do not compile here: %s", error)
         return float("inf")
     off = float((found - wanted).norm() / wanted.norm())
-    return off if off == off else float("inf")
+    same = bool((all_found.view(-1, *found.shape) == found).all())
+    return off if off == off and same else float("inf")
+
+
+def _attention(model: Model, rows: Rows) -> RowsAttention:
+    count = rows.tokens.shape[0]
+    scratch = ops.make_scratch(count, model.heads[0], rows.tokens.device)
+    return RowsAttention(rows, scratch, alone=False)
+
+
+def _repeated(rows: Rows) -> Rows:
+    """The same rows twice: each must get the bits that it gets alone."""
+    tokens, positions, lines = (t.repeat(2) for t in (rows.tokens, rows.positions, rows.sequences))
+    return Rows(tokens, positions, lines, rows.pages)
 
 
 def _few_tokens(model: Model) -> Rows:

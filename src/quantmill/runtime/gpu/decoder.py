@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,18 +18,22 @@ from quantmill.checkpoint import Checkpoint, open_checkpoint
 from quantmill.errors import BadRequest
 from quantmill.runtime.cpu.settings import Settings, read_settings
 from quantmill.runtime.gpu.checking import prepared
-from quantmill.runtime.gpu.layers import FEW_ROWS, MANY_ROWS, Model, TilesAttention, final_states, logits_of
+from quantmill.runtime.gpu.layers import MANY_ROWS, Model, PieceAttention, final_states, logits_of
 from quantmill.runtime.gpu.memory import DTYPES, cache_bytes, make_caches, pages_for
 from quantmill.runtime.gpu.ops import tile_rows
-from quantmill.runtime.gpu.projection import FEW
+from quantmill.runtime.gpu.sharing import joined, with_common_shrinks
 from quantmill.runtime.gpu.steps import MOST_ROWS, Steps
 from quantmill.runtime.gpu.stream import stream
 from quantmill.runtime.gpu.tensors import Heads, Rows
-from quantmill.runtime.gpu.trial import try_kernels
+from quantmill.runtime.gpu.trial import torch_attends, try_kernels
 from quantmill.runtime.gpu.weights import Weights, read_weights
 from quantmill.runtime.interface import PAGE, Floats, Piece, RuntimeFacts
+from quantmill.runtime.parallel.part import part_for
 from quantmill.runtime.sampling import SamplerState
 from quantmill.runtime.tokenizer import end_tokens
+
+if TYPE_CHECKING:
+    from quantmill.runtime.parallel.team import Team
 
 SHORT = 16  # tokens of a piece that is decoded row by row
 AT_ONCE = 2048  # tokens of one pass
@@ -55,7 +60,8 @@ class GpuRuntime:
         kv_dtype: str = "fp16",
         context: int | None = None,
         selftest: bool = True,
-        fused: bool = False,
+        fused: bool = True,
+        team: Team | None = None,
     ) -> GpuRuntime:
         """Open a model folder on a GPU.
 
@@ -63,10 +69,10 @@ class GpuRuntime:
         holds, all sequences together; None: four contexts, or what fits. kv_dtype: "fp16" (as the
         activations) or "fp8". context: positions of a sequence; None: the model's, at most 32768. selftest:
         compare every kernel with its twin and every module with the reference first. fused: decode up to 16
-        rows with five kernels a layer, where they agree with the others (docs/gpu.md). Raises BadCheckpoint,
-        UnsupportedModel, BadRequest.
+        rows with five kernels a layer, where they agree with eight (docs/gpu.md). team: the ranks that
+        share the model, each opening its part; not with fused. Raises BadCheckpoint, UnsupportedModel, BadRequest.
         """
-        checkpoint = open_checkpoint(Path(folder))
+        checkpoint = part_for(open_checkpoint(Path(folder)), team)
         settings = read_settings(checkpoint.config)
         place = torch.device(device)
         dtype = dtype or _dtype_of(checkpoint)
@@ -74,14 +80,18 @@ class GpuRuntime:
             raise BadRequest(f"activations are {dtype}; the GPU decoder takes float16 or bfloat16")
         length = min(settings.positions, CONTEXT) if context is None else context
         with torch.inference_mode():
-            weights = read_weights(checkpoint, settings, place, dtype, selftest)
+            weights = with_common_shrinks(read_weights(checkpoint, settings, place, dtype, selftest), team)
             heads = _heads(settings, weights, length, place)
             pages = pages_for(settings, length, kv_tokens, kv_dtype, dtype, place)
+            pages = pages if team is None else team.least(pages)
             caches = make_caches(settings, pages, kv_dtype, dtype, place)
-            model = Model(weights, heads, caches, settings.epsilon, dtype)
+            by_torch = place.type != "cuda" or (selftest and torch_attends(heads[0], dtype))
+            model = Model(weights, heads, caches, settings.epsilon, dtype, torch_prompts=by_torch)
             if selftest and place.type == "cuda":
                 try_kernels(heads[0], dtype, kv_dtype == "fp8")
-            model = prepared(model, fused)
+            model = joined(prepared(model, fused and team is None), team)
+            if place.type == "cuda":
+                torch.cuda.empty_cache()  # what repacking and tests took
             facts = _facts(checkpoint, settings, weights, length, pages, cache_bytes(caches) // pages, dtype)
             return cls(model, facts)
 
@@ -181,8 +191,8 @@ class GpuRuntime:
         ids, positions, line_there, tiles_there = torch.split(sent, [count, count, len(line), tiles.size])
         zeros = torch.zeros(count, dtype=torch.int32, device=device)
         rows = Rows(ids, positions, zeros, line_there.view(1, -1))
-        attention = TilesAttention(rows, tiles_there.view(-1, 4), start + count - 1)
-        return final_states(self._model, ids, FEW_ROWS if count <= FEW else MANY_ROWS, attention)
+        attention = PieceAttention(rows, tiles_there.view(-1, 4), start, self._model.torch_prompts)
+        return final_states(self._model, ids, MANY_ROWS, attention)
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         """Raises BadRequest for what is outside the vocabulary or the context."""

@@ -11,14 +11,19 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.layers import Attention, Model
-from quantmill.runtime.gpu.projection import Projection
+from quantmill.runtime.gpu.projection import FEW, Projection
 from quantmill.runtime.gpu.tensors import Gains
+
+if TYPE_CHECKING:
+    from quantmill.kernels.triton.ends import End, Norm
+    from quantmill.kernels.triton.linear import RunnableLinear
 
 TYPICAL = 2.0**-6  # of what a linear reads, before its norm
 COLUMNS = 16  # of the residual that one sum of squares is of
@@ -59,7 +64,6 @@ def with_gains(model: Model, sizes: list[float]) -> Model:
 def fused_states(model: Model, tokens: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
     """Token ids (rows,) int32 -> what the head reads, not yet normed (rows, places), and its sums of squares."""
     from quantmill.kernels.triton.ends import Gated, Plain, Residual
-    from quantmill.kernels.triton.linear import few_product
 
     weights, device, kind = model.weights, tokens.device, model.dtype
     rows, hidden = tokens.shape[0], weights.embedding.shape[1]
@@ -70,36 +74,35 @@ def fused_states(model: Model, tokens: Tensor, attention: Attention) -> tuple[Te
     ops.start(residual, weights.embedding, tokens, norm, projection.place_of, x, squares)
     for i, block in enumerate(weights.blocks):
         qkv = torch.empty(rows, projection.outputs, dtype=kind, device=device)
-        few_product(x, _linear(projection), Plain(qkv), norm=_norm(norm, squares, hidden))
+        _product(x, _linear(projection), Plain(qkv), norm=_norm(norm, squares, hidden))
         mixed = _buffer(model, rows, block.output)
         attention(qkv, model.heads[i], model.caches[i], block.output.place_of, mixed)
         norm, projection = model.fused[2 * i + 1], block.gate_up
         x = _buffer(model, rows, projection)
         end = Residual(residual, x, norm.gain, squares, projection.place_of, 1.0, norm.scale)
-        few_product(mixed, _linear(block.output), end)
+        _product(mixed, _linear(block.output), end)
         inner = _buffer(model, rows, block.down)
-        few_product(
+        _product(
             x, _linear(projection), Gated(inner, None, 1 / block.shrink), norm=_norm(norm, squares, hidden)
         )
         last = i + 1 == len(weights.blocks)
         norm, projection = model.fused[2 * i + 2], weights.head if last else weights.blocks[i + 1].qkv
         x = _buffer(model, rows, projection)
         end = Residual(residual, x, norm.gain, squares, projection.place_of, block.shrink, norm.scale)
-        few_product(inner, _linear(block.down), end)
+        _product(inner, _linear(block.down), end)
     return x, squares
 
 
 def fused_logits(model: Model, x: Tensor, squares: Tensor) -> Tensor:
     """What `fused_states` gave -> logits (rows, vocab) float32."""
     from quantmill.kernels.triton.ends import Plain
-    from quantmill.kernels.triton.linear import few_product
 
     (head,) = model.weights.head.parts
     logits = torch.empty(x.shape[0], head.outputs, dtype=torch.float32, device=x.device)
     norm = model.fused[-1]
     if head.packed is not None:
         hidden = model.weights.embedding.shape[1]
-        few_product(x, head.packed, Plain(logits), norm=_norm(norm, squares, hidden))
+        _product(x, head.packed, Plain(logits), norm=_norm(norm, squares, hidden))
     else:
         assert head.weight is not None
         ops.dense(x, head.weight, head.bias, logits, squares=squares, norm=norm)
@@ -111,6 +114,27 @@ def normed(model: Model, x: Tensor, squares: Tensor) -> Tensor:
     norm, hidden = model.fused[-1], model.weights.embedding.shape[1]
     factors = torch.rsqrt(squares.sum(1, keepdim=True) / hidden + norm.epsilon) / norm.scale
     return (x.float() * factors).to(x.dtype)
+
+
+def _product(x: Tensor, linear: RunnableLinear, end: End, *, norm: Norm | None = None) -> None:
+    """The product, so many rows at a time as the kernel takes; a row's bits do not depend on how many there are."""
+    from quantmill.kernels.triton.linear import few_product
+
+    if x.shape[0] <= FEW:
+        few_product(x, linear, end, norm=norm)
+        return
+    for begin in range(0, x.shape[0], FEW):
+        at = slice(begin, begin + FEW)
+        some = None if norm is None else replace(norm, squares=norm.squares[at])
+        few_product(x[at], linear, _rows_of(end, at), norm=some)
+
+
+def _rows_of(end: End, at: slice) -> End:
+    from quantmill.kernels.triton.ends import Residual
+
+    if isinstance(end, Residual):
+        return replace(end, residual=end.residual[at], after=end.after[at], squares=end.squares[at])
+    return replace(end, out=end.out[at])
 
 
 def _linear(projection: Projection):  # type: ignore[no-untyped-def]  # a RunnableLinear

@@ -14,9 +14,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch(early: bool) -> dict[str, bool]:
-    """Options of a launch that may begin while the kernel before it runs."""
-    return {"launch_pdl": True} if early else {}
+def launch(early: bool, registers: int = 0) -> dict[str, int]:
+    """Options of a launch that may begin while the kernel before it runs. registers: most of a thread; 0: any."""
+    if not early:
+        return {}
+    return {"launch_pdl": True, "maxnreg": registers} if registers else {"launch_pdl": True}
 
 
 def starts_early(device: torch.device) -> bool:

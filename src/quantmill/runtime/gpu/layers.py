@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from quantmill.runtime.gpu import ops
+from quantmill.runtime.gpu import ops, prompts
 from quantmill.runtime.gpu.projection import Projection
 from quantmill.runtime.gpu.tensors import Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.gpu.weights import Weights
 
-CHUNK = 512  # rows of gates and ups at a time: they are in the L2 cache still when they are multiplied
+if TYPE_CHECKING:
+    from quantmill.runtime.parallel.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,34 +33,35 @@ class Model:
     fused: tuple[
         Gains, ...
     ] = ()  # of all norms in their order, where steps can do without kernels between linears
+    torch_prompts: bool = False  # whether torch's attention serves prompts
+    team: Team | None = None  # the ranks over which what o and down give is summed
 
 
 class Attention(Protocol):
-    """Fills `out` (rows, places) from `qkv`; keys and values of the rows are in the cache afterwards."""
+    """Fills `out` (rows, places) from `qkv` and gives it, or a tensor like it; keys and values of the rows are in
+    the cache afterwards."""
 
     def __call__(
         self, qkv: Tensor, heads: Heads, cache: LayerCache, places_of: Tensor | None, out: Tensor
-    ) -> None: ...
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How projections are multiplied: at once, and some rows after others."""
+    """How projections are multiplied: at once, and some rows and outputs after others."""
 
     product: Callable[[Projection, Tensor], Tensor]
-    chunks: Callable[[Projection, Tensor], Iterable[tuple[slice, Tensor]]]
+    chunks: Callable[[Projection, Tensor], Iterable[tuple[tuple[slice, slice], Tensor]]]
 
 
-def _whole(projection: Projection, x: Tensor) -> Iterable[tuple[slice, Tensor]]:
-    return [(slice(None), projection.few(x))]
+def whole(y: Tensor) -> Iterable[tuple[tuple[slice, slice], Tensor]]:
+    """Gates and ups of all rows as one chunk."""
+    return [((slice(None), slice(None)), y)]
 
 
-def _in_chunks(projection: Projection, x: Tensor) -> Iterable[tuple[slice, Tensor]]:
-    return projection.chunks(x, CHUNK)
-
-
-FEW_ROWS = Way(Projection.few, _whole)  # a row's bits do not depend on how many there are
-MANY_ROWS = Way(Projection.many, _in_chunks)  # they do
+# A row's bits do not depend on how many there are; they do.
+FEW_ROWS = Way(Projection.few, lambda projection, x: whole(projection.few(x)))
+MANY_ROWS = Way(Projection.many, Projection.chunks)
 
 
 def final_states(
@@ -82,15 +84,16 @@ def final_states(
     watch(residual)
     for i, block in enumerate(weights.blocks):
         mixed = _buffer(model, rows, block.output)
-        attention(way.product(block.qkv, x), model.heads[i], model.caches[i], block.output.place_of, mixed)
+        qkv = way.product(block.qkv, x)
+        mixed = attention(qkv, model.heads[i], model.caches[i], block.output.place_of, mixed)
         x = _buffer(model, rows, block.gate_up)
-        added = way.product(block.output, mixed)
+        added = _summed(model, way.product(block.output, mixed))
         ops.add_normed(residual, added, block.mlp_norm, epsilon, block.gate_up.order, x)
         watch(residual)
         inner = torch.empty(rows, block.gate_up.outputs // 2, dtype=model.dtype, device=tokens.device)
         for at, gate_up in way.chunks(block.gate_up, x):
             ops.gated(gate_up, block.gate_up.span, 1 / block.shrink, inner[at])
-        added = way.product(block.down, inner)
+        added = _summed(model, way.product(block.down, inner))
         last = i + 1 == len(weights.blocks)
         after = weights.head if last else weights.blocks[i + 1].qkv
         gain = weights.norm if last else weights.blocks[i + 1].attention_norm
@@ -98,6 +101,13 @@ def final_states(
         ops.add_normed(residual, added, gain, epsilon, after.order, x, times=block.shrink)
         watch(residual)
     return x
+
+
+def _summed(model: Model, part: Tensor) -> Tensor:
+    """The sum of all ranks' parts, where there are several."""
+    if model.team is not None:
+        model.team.add_up(part)
+    return part
 
 
 def _buffer(model: Model, rows: int, projection: Projection) -> Tensor:
@@ -116,26 +126,36 @@ class RowsAttention:
 
     def __call__(
         self, qkv: Tensor, heads: Heads, cache: LayerCache, places_of: Tensor | None, out: Tensor
-    ) -> None:
+    ) -> Tensor:
         if not self.alone:
             ops.write_cache(qkv, heads, cache, self.rows)
         ops.attend_rows(qkv, heads, cache, self.rows, self.scratch, places_of, out, writes=self.alone)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
-class TilesAttention:
-    """Many rows of few sequences: prompts."""
+class PieceAttention:
+    """Many rows of one sequence: prompts."""
 
     rows: Rows
     tiles: Tensor  # (tiles, 4) int32
-    last: int  # the highest position of the pass
+    start: int  # position of the first row
+    by_torch: bool  # where torch's attention can
 
     def __call__(
         self, qkv: Tensor, heads: Heads, cache: LayerCache, places_of: Tensor | None, out: Tensor
-    ) -> None:
+    ) -> Tensor:
+        count = qkv.shape[0]
+        if self.by_torch and prompts.can_attend(heads, cache, count, self.start):
+            mixed = prompts.attend_prompt(qkv, heads, cache, self.rows)
+            if places_of is None:
+                return mixed
+            out[:, places_of.long()] = mixed
+            return out
         ops.write_cache(qkv, heads, cache, self.rows)
-        windowed = 0 < heads.window <= self.last
+        windowed = 0 < heads.window < self.start + count
         ops.attend_tiles(qkv, heads, cache, self.tiles, self.rows.pages, places_of, out, windowed=windowed)
+        return out
 
 
 def logits_of(model: Model, states: Tensor) -> Tensor:

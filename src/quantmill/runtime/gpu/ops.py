@@ -14,13 +14,18 @@ from quantmill.runtime.gpu.tensors import Draws, Gains, Heads, LayerCache, Rows,
 from quantmill.runtime.interface import PAGE
 
 PARTS = 16  # into which a row's text is cut at most
-LEAST_PAGES = 4  # of a part
+BLOCK = 128  # positions that a row's program takes at once, where a head has at most 128 elements
+LEAST = 1  # blocks of a part
 # rows of x, outputs, warps, and blocks in shared memory of a dense program; all step through K alike
 DENSE_SHAPES = ((16, 64, 4, 5), (32, 64, 4, 5), (64, 64, 4, 4), (128, 128, 8, 3))
-ROW_SHAPE = 4, 3  # warps, and pages in shared memory, of a row's program
+POSTED = (
+    False  # whether the last part of a row waits for the others' words: right, its speed not measured yet
+)
+ROW_WARPS = 4  # of a row's program
+ROW_REGISTERS = 0  # of a thread of it at most; 0: any number
 TILE_SHAPE = 4, 3
 LARGE = 120 << 10  # bytes of shared memory that a program of TILE_SHAPE may take
-AHEAD = 4  # pages that a row's program asks for before the kernel before it is through
+AHEAD = 2  # blocks that a row's program asks for before it needs them
 RING = 256  # tokens that are drawn before their places are used again
 HELD = 32768  # logits that a program which draws can hold
 CHUNK = 4096  # logits of one program that looks for the highest
@@ -41,10 +46,10 @@ def make_draws(rows: int, device: torch.device) -> Draws:
 
 def make_scratch(rows: int, heads: Heads, device: torch.device) -> Scratch:
     """For passes of at most so many rows."""
-    shape = (rows, heads.kv, PARTS, heads.group)
+    shape, kind = (rows, heads.kv, PARTS, heads.group), torch.int64 if POSTED else torch.float32
     return Scratch(
-        torch.zeros(*shape, heads.size, device=device),
-        torch.zeros(*shape, 2, device=device),
+        torch.zeros(*shape, heads.size, dtype=kind, device=device),
+        torch.zeros(*shape, 2, dtype=kind, device=device),
         torch.zeros(rows, heads.kv, dtype=torch.int32, device=device),
     )
 
@@ -90,9 +95,7 @@ def _norm(
 
     rows, k = residual.shape
     places = out.shape[1]
-    early = tokens is None and starts_early(
-        out.device
-    )  # the first kernel of a step waits for what is before the step
+    early = tokens is None and starts_early(out.device)  # a step's first kernel waits for all before it
     norm_kernel[(rows,)](
         residual,
         residual if added is None else added,
@@ -147,14 +150,16 @@ def start(
 
 
 def gated(gate_up: Tensor, span: int, scale: float, out: Tensor) -> None:
-    """out (rows, N) = silu(gate) * up * scale. gate_up (rows, 2 N): `span` gates, their ups, the next gates ..."""
+    """out (rows, N) = silu(gate) * up * scale. gate_up (rows, 2 N): `span` gates, their ups, the next gates ...
+
+    Rows of `out` may lie apart."""
     from quantmill.runtime.gpu.kernels.norms import silu_kernel
 
     rows, n = out.shape
     block = min(1024, power_of_two(n))
     early = starts_early(out.device)
     silu_kernel[(rows, -(-n // block))](
-        gate_up, out, n, span, scale, BLOCK=block, PDL=early, num_warps=4, **launch(early)
+        gate_up, out, n, out.stride(0), scale, SPAN=span, BLOCK=block, PDL=early, num_warps=4, **launch(early)
     )
 
 
@@ -176,13 +181,7 @@ def write_cache(qkv: Tensor, heads: Heads, cache: LayerCache, rows: Rows) -> Non
         rows.pages,
         rows.pages.stride(0),
         number,
-        H=heads.count,
-        KVH=heads.kv,
-        D=heads.size,
-        BLOCK_D=power_of_two(heads.size),
-        PAGE=PAGE,
-        EPSILON=heads.epsilon,
-        HAS_NORM=heads.key_norm is not None,
+        **_shape(heads),
         FP8=cache.key_scales is not None,
         BLOCK=block,
         PDL=early,
@@ -225,30 +224,26 @@ def attend_rows(
         rows.positions if places_of is None else places_of,
         scratch.sums,
         scratch.tops,
-        scratch.arrived,
+        scratch.turns,
         heads.reach,
         rows.pages.stride(0),
         out.shape[1],
-        LEAST_PAGES,
+        LEAST,
         SCALE=heads.size**-0.5,
-        H=heads.count,
-        KVH=heads.kv,
-        D=heads.size,
-        BLOCK_D=power_of_two(heads.size),
+        **_shape(heads),
         ROWS=max(16, power_of_two(heads.group)),
         GROUP=power_of_two(heads.group),
         PARTS=PARTS,
-        PAGE=PAGE,
-        EPSILON=heads.epsilon,
-        HAS_NORM=heads.query_norm is not None,
+        BLOCK=max(PAGE, BLOCK if heads.size <= 128 else BLOCK // 2),
         HAS_ORDER=places_of is not None,
         FP8=cache.key_scales is not None,
+        POSTED=POSTED,
         WRITES=writes,
         AHEAD=AHEAD,
         PDL=early,
-        num_warps=ROW_SHAPE[0],
-        num_stages=ROW_SHAPE[1],
-        **launch(early),
+        num_warps=ROW_WARPS,
+        num_stages=1,
+        **launch(early, ROW_REGISTERS),
     )
 
 
@@ -284,14 +279,8 @@ def attend_tiles(
         pages.stride(0),
         out.shape[1],
         SCALE=heads.size**-0.5,
-        H=heads.count,
-        KVH=heads.kv,
-        D=heads.size,
-        BLOCK_D=power_of_two(heads.size),
+        **_shape(heads),
         ROWS=_tile(heads),
-        PAGE=PAGE,
-        EPSILON=heads.epsilon,
-        HAS_NORM=heads.query_norm is not None,
         HAS_ORDER=places_of is not None,
         HAS_WINDOW=windowed and heads.window > 0,
         FP8=cache.key_scales is not None,
@@ -388,6 +377,19 @@ def tile_rows(heads: Heads) -> int:
 
 def _tile(heads: Heads) -> int:
     return max(TILE, power_of_two(heads.group))
+
+
+def _shape(heads: Heads) -> dict[str, int | float | bool]:
+    """What every kernel that knows heads and pages is compiled for."""
+    return {
+        "H": heads.count,
+        "KVH": heads.kv,
+        "D": heads.size,
+        "BLOCK_D": power_of_two(heads.size),
+        "PAGE": PAGE,
+        "EPSILON": heads.epsilon,
+        "HAS_NORM": heads.query_norm is not None,
+    }
 
 
 def _cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:

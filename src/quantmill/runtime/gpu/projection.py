@@ -1,7 +1,7 @@
 """Linears that share an input, stacked side by side, as the decoder runs them. Knows no model.
 
-Few rows go straight from the codes, and a row's bits do not depend on how many come with it. Many rows of one
-piece go through a dense copy and the vendor's product.
+Few rows go straight from the codes, and a row's bits do not depend on how many come with it. Very many rows of one
+piece go through dense copies and the vendor's product.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from quantmill.formats.bits import pack_words
 from quantmill.formats.gptq import unpack_zeros
-from quantmill.kernels.triton.linear import RunnableLinear, dense_weight, matmul
-from quantmill.kernels.triton.packing import tile
+from quantmill.kernels.triton.linear import RunnableLinear, dense_weight, has_wide, many_product, matmul
+from quantmill.kernels.triton.packing import TILE, tile
 from quantmill.runtime.gpu import ops
 from quantmill.types import CheckpointFormat, PackedLinear
 
 SPAN = 8  # gates, then as many ups: half a tile of the kernel for few rows
 FEW = 128  # rows that go straight from the codes at once
+DENSE_ROWS = 1024  # more rows than these go through dense copies
+DENSE_OUTPUTS = 4096  # of gates and ups that a dense copy holds at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class Part:
         return self.weight.shape[0]
 
     def few(self, x: Tensor) -> Tensor:
-        """x (M, places), any M -> (M, N), FEW rows at a time."""
+        """x (M, places), any M -> (M, N); where there is no kernel for many rows FEW rows at a time."""
+        if self.packed is not None and has_wide(x.device):
+            return matmul(x, self.packed)
         if self.packed is not None:
             blocks = [matmul(block, self.packed) for block in torch.split(x, FEW)]
             return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
@@ -70,8 +74,29 @@ class Part:
         return y
 
     def many(self, x: Tensor) -> Tensor:
+        """The same for rows that come together: the bits may depend on M."""
+        if self.packed is None:
+            return self.through_copy(x)
+        return self.few(x) if x.shape[0] <= FEW else many_product(x, self.packed)
+
+    def through_copy(self, x: Tensor) -> Tensor:
         """The same through a dense copy and the vendor's product."""
         return self.product(x, self.dense(x.dtype))
+
+    def some(self, begin: int, end: int) -> Part:
+        """Outputs `begin` to `end` by themselves, without a copy. `begin` is a multiple of 128."""
+        assert self.packed is not None, "only tiles can be cut"
+        t = self.packed.tiled
+        tiles = slice(begin // TILE, -(-end // TILE))
+        cut = dataclasses.replace(
+            t,
+            words=t.words[tiles],
+            scales=t.scales[tiles],
+            zeros=None if t.zeros is None else t.zeros[tiles],
+            bias=None if t.bias is None else t.bias[begin:end],
+            out_features=end - begin,
+        )
+        return Part(RunnableLinear(cut, self.packed.arrived), None, None)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x (M, K) times what `dense` gave, bias added."""
@@ -111,22 +136,30 @@ class Projection:
         return sum(part.nbytes for part in self.parts)
 
     def few(self, x: Tensor) -> Tensor:
-        """x (M, places) -> (M, outputs) in x's dtype; a row's bits do not depend on M."""
+        """x (M, places) -> (M, outputs) in x's dtype; a row's bits do not depend on M, up to `same_bits_up_to()`."""
         results = [part.few(x) for part in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def many(self, x: Tensor) -> Tensor:
-        """The same through a dense copy; the bits depend on M."""
+        """The same for rows that come together; the bits may depend on M."""
         results = [part.many(x) for part in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
-    def chunks(self, x: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
-        """The product through one dense copy, so many rows at a time."""
-        weights = [part.dense(x.dtype) for part in self.parts]
-        for begin in range(0, x.shape[0], rows):
-            at = slice(begin, begin + rows)
-            results = [p.product(x[at], w) for p, w in zip(self.parts, weights, strict=True)]
-            yield at, results[0] if len(results) == 1 else torch.cat(results, 1)
+    def through_copy(self, x: Tensor) -> Tensor:
+        """The same through a dense copy."""
+        results = [part.through_copy(x) for part in self.parts]
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """Of gates and ups: the product of some rows and outputs at a time, and which (rows, gates) these are."""
+        (part, *others), every = self.parts, slice(None)
+        if x.shape[0] <= DENSE_ROWS or self.span != SPAN or others:
+            yield (every, every), self.many(x)
+            return
+        for begin in range(0, self.outputs, DENSE_OUTPUTS):
+            end = min(self.outputs, begin + DENSE_OUTPUTS)
+            some = part.some(begin, end)
+            yield (every, slice(begin // 2, end // 2)), some.product(x, some.dense(x.dtype))
 
 
 def quantised(linears: Sequence[PackedLinear], span: int = 0) -> Projection:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantmill.kernels.triton.tuning import same_bits_up_to
 from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.fused import fused_logits, fused_states, normed
 from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, final_states, logits_of
-from quantmill.runtime.gpu.tensors import Rows
+from quantmill.runtime.gpu.tensors import Rows, Scratch
 from quantmill.runtime.interface import Piece
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_ROWS = BUCKETS[-1]
-FUSED_ROWS = 16  # up to so many rows the kernel whose ends do everything else is the fastest
 _SLOTS = 2  # inputs on their way at once
 
 
@@ -85,10 +85,13 @@ class Steps:
         self._model = model
         device = model.weights.embedding.device
         self.inputs = Inputs(lines, device)
-        self._scratch = ops.make_scratch(MOST_ROWS, model.heads[0], device)
+        self._scratches: dict[int, Scratch] = {}  # by bucket, made when the first step of it is
         self.draws = ops.make_draws(MOST_ROWS, device)
         self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        captured = device.type == "cuda" and (model.team is None or model.team.captured)
+        self._pool = torch.cuda.graph_pool_handle() if captured else None
+        # torch.distributed watches its sums from a thread of its own, also while a graph is captured
+        self._mode = "global" if model.team is None else "thread_local"
 
     def run(self, pieces: Sequence[Piece], logits: bool = True) -> Tensor:
         """One step -> logits (tokens of all pieces, vocab), or final states; overwritten by the next step."""
@@ -118,7 +121,7 @@ class Steps:
         body()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=self._mode):
             found = body()
         return graph, found
 
@@ -128,8 +131,10 @@ class Steps:
 
     def _body(self, bucket: int, kind: Kind) -> Tensor:
         rows = self.inputs.rows(bucket)
-        attention = RowsAttention(rows, self._scratch, alone=kind in (Kind.ALONE, Kind.DRAWING))
-        if self._model.fused and bucket <= FUSED_ROWS:
+        if bucket not in self._scratches:
+            self._scratches[bucket] = ops.make_scratch(bucket, self._model.heads[0], rows.tokens.device)
+        attention = RowsAttention(rows, self._scratches[bucket], alone=kind in (Kind.ALONE, Kind.DRAWING))
+        if self._model.fused and bucket <= same_bits_up_to():
             x, squares = fused_states(self._model, rows.tokens, attention)
             if kind is Kind.STATES:
                 return normed(self._model, x, squares)

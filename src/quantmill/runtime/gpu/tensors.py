@@ -80,6 +80,6 @@ class Draws:
 class Scratch:
     """Where the parts of a row's text are added up."""
 
-    sums: Tensor  # (rows, kv, PARTS, group, size) float32
-    tops: Tensor  # (rows, kv, PARTS, group, 2) float32
-    arrived: Tensor  # (rows, kv) int32 zeros
+    sums: Tensor  # (rows, kv, PARTS, group, size) float32; where parts are posted int64 zeros
+    tops: Tensor  # (rows, kv, PARTS, group, 2), likewise
+    turns: Tensor  # (rows, kv) int32 zeros: parts that have come; launches so far

@@ -7,14 +7,17 @@ Knows no weights. The linears have a test of their own (selftest.py).
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import torch
 from torch import Tensor
 
 from quantmill.errors import UnsupportedModel
-from quantmill.runtime.gpu import ops, twins
+from quantmill.runtime.gpu import ops, prompts, twins
 from quantmill.runtime.gpu.tensors import Gains, Heads, LayerCache, Rows
 from quantmill.runtime.interface import PAGE
+
+log = logging.getLogger(__name__)
 
 POSITIONS = (0, 63, 64, 5 * PAGE - 1, -1)  # the fourth is cut into parts; the last is no row
 TILES = ((0, 20, 0, 0), (20, 16, 2 * PAGE + 3, 1))  # first row, rows, position, line of pages
@@ -40,6 +43,21 @@ def try_kernels(heads: Heads, dtype: torch.dtype, fp8: bool) -> None:
             raise UnsupportedModel(
                 f"the GPU decoder's kernels for {name} are off by {error:.2g} on this GPU: report it"
             )
+
+
+def torch_attends(heads: Heads, dtype: torch.dtype) -> bool:
+    """Whether torch's attention serves prompts here; if it is off, a line of the log says so, and ours does."""
+    from triton.errors import TritonError
+
+    try:
+        error = _prompt(_near(heads), dtype)
+    except (RuntimeError, TritonError) as failure:  # torch may have no kernel for these heads
+        log.warning("torch's attention does not serve prompts here: %s", failure)
+        return False
+    if not error < TOLERANCE[dtype]:
+        log.warning("torch's attention is off by %.2g here, so prompts go without it: report it", error)
+        return False
+    return True
 
 
 def _near(heads: Heads) -> Heads:
@@ -118,6 +136,22 @@ def _tiles(heads: Heads, dtype: torch.dtype, fp8: bool) -> float:
         module.attend_tiles(qkv, heads, mine, tiles, pages, None, out, windowed=True)
         found.append(out)
     return _error([(found[0], found[1])])
+
+
+def _prompt(heads: Heads, dtype: torch.dtype) -> float:
+    """A piece that goes to torch's attention."""
+    count, heads = 40, dataclasses.replace(heads, window=0)
+    cache, twin = (_cache(heads, 1, dtype, False) for _ in "ab")
+    if not prompts.can_attend(heads, cache, prompts.LEAST_ROWS, 0):
+        return 0.0  # it will not be asked
+    at = _ints(heads, *range(count))
+    rows = Rows(at, at, torch.zeros_like(at), _ints(heads, 0).view(1, 1))
+    qkv = _noise(heads, count, heads.width, dtype=dtype)
+    wanted = torch.zeros(count, heads.count * heads.size, dtype=dtype, device=qkv.device)
+    twins.write_cache(qkv, heads, twin, rows)
+    tiles = _ints(heads, 0, count, 0, 0).view(1, 4)
+    twins.attend_tiles(qkv, heads, twin, tiles, rows.pages, None, wanted, windowed=False)
+    return _error([(prompts.attend_prompt(qkv, heads, cache, rows), wanted), (cache.keys, twin.keys)])
 
 
 def _norms(heads: Heads, dtype: torch.dtype, fp8: bool) -> float:

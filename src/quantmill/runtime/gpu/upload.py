@@ -19,7 +19,9 @@ class Uploader:
         self._turn = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device, in its own dtype and shape."""
+        """The tensor on the device, in its own dtype and shape; itself where it is there."""
+        if tensor.device.type == self._device.type:
+            return tensor
         if self._device.type != "cuda" or tensor.numel() * tensor.element_size() < SMALL:
             return tensor.to(self._device)
         there = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)

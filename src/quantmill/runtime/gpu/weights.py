@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantmill.architectures import Dimensions, architecture_of, dimensions
+from quantmill.formats.dialects import Layout
 from quantmill.runtime.cpu.settings import Settings
 from quantmill.runtime.gpu.projection import (
     SPAN,
@@ -103,9 +104,11 @@ class _Reader:
 
     def packed(self, module: str) -> PackedLinear | None:
         """The quantised linear on the device; None where it is dense."""
-        if f"{module}.qweight" not in self.checkpoint.tensors:
+        if module not in self.checkpoint.quantized_modules():
             return None
-        packed = on_device(self.checkpoint.packed(module), self.upload)
+        # Other layouts are rearranged by the processor's compiled loops, from where it goes on as GPTQ does.
+        send = self.upload if self.checkpoint.layout is Layout.GPTQ else None
+        packed = on_device(self.checkpoint.packed(module, send), self.upload)
         if self.probes is not None:
             self.probes[module] = probe(module, packed)
         return packed

@@ -9,6 +9,7 @@ leaves the ranks about equal, else at multiples of 32 or 16.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from quantmill.architectures import Dimensions
 from quantmill.errors import BadRequest
@@ -57,7 +58,7 @@ def even(count: int, parts: int) -> list[tuple[int, int]]:
     """`count` things in consecutive parts, the first ones larger by one where there is a remainder."""
     size, more = divmod(count, parts)
     ends = [size * i + min(i, more) for i in range(parts + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
 def _heads(sizes: Dimensions, ranks: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -78,7 +79,7 @@ def _channels(count: int, group: int, ranks: int) -> list[tuple[int, int]]:
     """Of every rank, its channels: whole groups, or else whole steps."""
     if 0 < group < count and group % STEPS[-1] == 0:
         units = -(-count // group)
-        if -(-units // ranks) * group * ranks <= UNEVEN * count:
+        if units >= ranks and -(-units // ranks) * group * ranks <= UNEVEN * count:
             return [(a * group, min(b * group, count)) for a, b in even(units, ranks)]
-    step = next(s for s in (*STEPS, 1) if count % s == 0 and count // s >= ranks)
+    step = next(s for s in STEPS if count % s == 0 and count // s >= ranks)
     return [(a * step, b * step) for a, b in even(count // step, ranks)]

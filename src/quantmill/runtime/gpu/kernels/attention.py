@@ -1,7 +1,8 @@
 """Attention over pages: `rows_kernel` for single rows (decoding), `tile_kernel` for many rows of one sequence.
 
 Both keep running maxima and sums (Milakov & Gimelshein, arXiv 1805.02867) as FlashAttention does; the first also
-cuts long texts into parts, as flash decoding does, and the part that comes last adds the parts in their order.
+cuts long texts into parts, as flash decoding does. The part that comes last adds the parts in their order; or
+(POSTED) every word of a part carries the launch's number, and the last part reads until all have it: no fence.
 How a row is cut depends on its position alone, so its bits do not depend on what else is in the pass.
 """
 
@@ -11,7 +12,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantmill.runtime.gpu.kernels.rotary import load_block, prefetch_block, rotated, store_vectors, turns
+from quantmill.runtime.gpu.kernels.rotary import (
+    as_stored,
+    load_block,
+    prefetch_block,
+    rotated,
+    store_vectors,
+    turns,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -71,6 +79,64 @@ def _put(out, result, row, heads, here, d, places, places_of, D: tl.constexpr, H
     tl.store(out + row.to(tl.int64) * places + place, result.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _block(line, first, head, d, low, high, KVH: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the BLOCK positions from `first` on lie, (BLOCK,) slots, and which of them are in [low, high)."""
+    at = first + tl.arange(0, BLOCK)
+    seen = (at >= low) & (at < high)
+    page = tl.load(line + at // PAGE, mask=seen, other=0)
+    return (page.to(tl.int64) * KVH + head) * PAGE + at % PAGE, seen
+
+
+@triton.jit
+def _fetched(cache, scales, slot, seen, d, D: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.constexpr):
+    """Keys or values (BLOCK, BLOCK_D) as they are stored, and their scales; 0 where nothing is seen."""
+    mask = seen[:, None]
+    if BLOCK_D != D:
+        mask = mask & (d < D)[None, :]
+    found = tl.load(cache + slot[:, None] * D + d[None, :], mask=mask, other=0)
+    scale = tl.load(scales + slot, mask=seen, other=0.0) if FP8 else slot
+    return found, scale
+
+
+@triton.jit
+def _taken(q, most, total, mixed, keys, key_scales, values, value_scales, seen, SCALE, FP8: tl.constexpr):
+    """A block of keys and values into the running sums."""
+    if FP8:
+        keys = keys.to(tl.float8e4nv, bitcast=True).to(q.dtype)
+    scores = tl.dot(q, tl.trans(keys)) * (SCALE * LOG2E)
+    if FP8:
+        scores *= key_scales.to(tl.float32)[None, :]
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    new = tl.maximum(most, tl.max(scores, 1))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(most - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    if FP8:  # into the values, not the weights: those would fall below what fp16 holds
+        values = values.to(tl.float8e4nv, bitcast=True).to(tl.float32) * value_scales.to(tl.float32)[:, None]
+        values = values.to(q.dtype)
+    mixed = tl.dot(weights.to(q.dtype), values, mixed * shrink[:, None])
+    return new, total, mixed
+
+
+@triton.jit
+def _numbered(value, number):
+    """float32 and the number of the launch in one word, which is written and read at once."""
+    return (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (number.to(tl.int64) << 32)
+
+
+@triton.jit
+def _value(word):
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _off(word, number, there):
+    """1 where a word that should be there has another launch's number."""
+    return (((word >> 32).to(tl.int32) != number) & there).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["least"])
 def rows_kernel(
     qkv,  # (rows, (H + 2 KVH) * D) fp16 or bf16, nothing rotated yet
@@ -87,13 +153,14 @@ def rows_kernel(
     pages,  # (sequences, stride) int32
     out,  # (rows, places) as qkv
     places_of,  # (H * D,) int32: where an element goes; not read unless HAS_ORDER
-    sums,  # (rows, KVH, parts, G, D) float32
-    tops,  # (rows, KVH, parts, G, 2) float32: maximum, sum
-    arrived,  # (rows, KVH) int32 zeros, zeros again afterwards
+    sums,  # (rows, KVH, parts, G, D) float32; POSTED: int64, a float32 and the number of a launch in each
+    tops,  # (rows, KVH, parts, G, 2), likewise: maximum, sum
+    turns_of,  # (rows, KVH) int32: POSTED: the number of the last launch in which this row had several parts;
+    # else how many parts have come, zeros again afterwards
     window,  # positions that a row sees, its own counted
     page_stride,
     places,
-    least,  # pages that a part takes at least
+    least,  # blocks that a part takes at least
     SCALE: tl.constexpr,
     H: tl.constexpr,
     KVH: tl.constexpr,
@@ -103,96 +170,142 @@ def rows_kernel(
     GROUP: tl.constexpr,  # at least H / KVH, a power of two
     PARTS: tl.constexpr,  # into which a row's text is cut at most, a power of two
     PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,  # positions that are taken at once, some pages
     EPSILON: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     FP8: tl.constexpr,
-    WRITES: tl.constexpr,  # the row's own key and value are put into the cache here, else they are there
-    AHEAD: tl.constexpr,  # pages asked for before anything else where PDL
+    POSTED: tl.constexpr,  # the last part waits for the others' words, else who comes last adds up
+    WRITES: tl.constexpr,  # the row's own key and value are put into the cache here, else somebody has
+    AHEAD: tl.constexpr,  # blocks asked for before they are needed, where PDL
     PDL: tl.constexpr,
 ):
-    """One program: the queries that share one key head, for one row, over one part of its text."""
+    """One program: the queries that share one key head, for one row, over one part of its text.
+
+    The row's own key and value come from `qkv`; all before it from the cache, where earlier steps have put them,
+    so that the first block is read while the kernel before this one still runs.
+    """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // KVH
+    PER: tl.constexpr = BLOCK // PAGE
     if PDL:
         gdc_launch_dependents()
     position = tl.load(positions + row)
     first_seen = tl.maximum(position - window + 1, 0)
     first_page = first_seen // PAGE
-    count = position // PAGE + 1 - first_page
+    count = tl.cdiv(position // PAGE + 1 - first_page, PER)  # blocks
     share = tl.maximum(tl.cdiv(count, PARTS), least)
     parts = tl.cdiv(count, share)
     if (position < 0) | (part >= parts):
-        if PDL:
-            gdc_wait()
+        if PDL:  # noqa: SIM102  # the first is decided when it is compiled
+            if part == 0:  # who is done before the kernel before it must not be all of this launch
+                gdc_wait()
         return
     line = pages + tl.load(sequences + row) * page_stride
-    begin = first_page + part * share
-    end = tl.minimum(begin + share, first_page + count)
+    begin = first_page * PAGE + part * share * BLOCK  # positions
+    end = tl.minimum(begin + share * BLOCK, position)
+    last = part == parts - 1
     g = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (g < G)[:, None] & (d < D)[None, :]
+    one = (d < D)[None, :]
     cosine, sine = turns(cosines, position, d, D), turns(sines, position, d, D)
-    page = tl.load(line + begin)  # one ahead of its use, so that no address waits for it
-    if PDL:  # what earlier steps have written does not depend on the kernel before this one
+    slot, seen = _block(line, begin, head, d, first_seen, end, KVH, PAGE, BLOCK)
+    newest = tl.load(line + position // PAGE).to(tl.int64)
+    EARLY: tl.constexpr = WRITES and PDL
+    if EARLY:
+        k, k_scale = _fetched(keys, key_scales, slot, seen, d, D, BLOCK_D, FP8)
+        v, v_scale = _fetched(values, value_scales, slot, seen, d, D, BLOCK_D, FP8)
+    if PDL:
         if BLOCK_D == D:
-            for number in tl.range(begin, tl.minimum(end, begin + AHEAD)):
-                ahead = (tl.load(line + number).to(tl.int64) * KVH + head) * PAGE
+            second = begin // PAGE + PER
+            for later in tl.range(second, tl.minimum(tl.cdiv(end, PAGE), second + AHEAD * PER)):
+                ahead = (tl.load(line + later).to(tl.int64) * KVH + head) * PAGE
                 prefetch_block(keys, ahead, D, PAGE)
                 prefetch_block(values, ahead, D, PAGE)
         gdc_wait()
+    number = tl.load(turns_of + row * KVH + head) + 1 if POSTED else position * 0
     source = qkv + row.to(tl.int64) * ((H + 2 * KVH) * D)
     mine = source + (head * G + g)[:, None] * D
     q = rotated(mine, query_norm, cosine, sine, d, inside, D, EPSILON, HAS_NORM)
+    own = source + (H + head) * D
+    key = rotated(own, key_norm, cosine, sine, d, one, D, EPSILON, HAS_NORM)
+    value = tl.load(own + KVH * D + d[None, :], mask=one, other=0.0).to(tl.float32)
     q = q.to(qkv.dtype.element_ty)
-    if WRITES:  # noqa: SIM102  # the first is decided when it is compiled
-        if part == parts - 1:
-            newest = tl.load(line + position // PAGE).to(tl.int64)
-            slot = (newest * KVH + head) * PAGE + position % PAGE
-            own = source + (H + head) * D
-            one = (d < D)[None, :]
-            key = rotated(own, key_norm, cosine, sine, d, one, D, EPSILON, HAS_NORM)
-            store_vectors(keys, key_scales, slot, key, True, d, D, FP8)
-            value = tl.load(own + KVH * D + d[None, :], mask=one, other=0.0).to(tl.float32)
-            store_vectors(values, value_scales, slot, value, True, d, D, FP8)
-            tl.debug_barrier()  # this program reads what it has written
-    most = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    mixed = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    low = tl.full((ROWS,), 0, tl.int32) + first_seen
-    high = tl.full((ROWS,), 0, tl.int32) + position
-    for number in tl.range(begin, end):
-        slot = (page.to(tl.int64) * KVH + head) * PAGE
-        page = tl.load(line + number + 1, mask=number + 1 < end, other=0)
-        most, total, mixed = _absorb(
-            q, most, total, mixed, slot, number * PAGE, low, high, keys, values, key_scales, value_scales, d,
-            SCALE, D, BLOCK_D, PAGE, FP8, True,
-        )  # fmt: skip
+    if WRITES:
+        slot_here = (newest * KVH + head) * PAGE + position % PAGE
+        mine_to_write = (tl.zeros((1, 1), tl.int32) + part) == parts - 1
+        store_vectors(keys, key_scales, slot_here, key, mine_to_write, d, D, FP8)
+        store_vectors(values, value_scales, slot_here, value, mine_to_write, d, D, FP8)
+    if not EARLY:
+        k, k_scale = _fetched(keys, key_scales, slot, seen, d, D, BLOCK_D, FP8)
+        v, v_scale = _fetched(values, value_scales, slot, seen, d, D, BLOCK_D, FP8)
+    # The last part begins with the row itself.
+    key, value = as_stored(key, q.dtype, FP8), as_stored(value, q.dtype, FP8)
+    score = tl.sum(q.to(tl.float32) * key, 1) * (SCALE * LOG2E)
+    most = tl.where(last, score, float("-inf"))
+    total = tl.where(last, 1.0, 0.0) + tl.zeros((ROWS,), tl.float32)
+    mixed = tl.where(last, value, 0.0) + tl.zeros((ROWS, BLOCK_D), tl.float32)
+    most, total, mixed = _taken(q, most, total, mixed, k, k_scale, v, v_scale, seen, SCALE, FP8)
+    for first in tl.range(begin + BLOCK, end, BLOCK, num_stages=1):
+        slot, seen = _block(line, first, head, d, first_seen, end, KVH, PAGE, BLOCK)
+        k, k_scale = _fetched(keys, key_scales, slot, seen, d, D, BLOCK_D, FP8)
+        v, v_scale = _fetched(values, value_scales, slot, seen, d, D, BLOCK_D, FP8)
+        if PDL:  # noqa: SIM102
+            if BLOCK_D == D:
+                for which in tl.static_range(PER):
+                    later = first // PAGE + AHEAD * PER + which
+                    if later * PAGE < end:
+                        ahead = (tl.load(line + later).to(tl.int64) * KVH + head) * PAGE
+                        prefetch_block(keys, ahead, D, PAGE)
+                        prefetch_block(values, ahead, D, PAGE)
+        most, total, mixed = _taken(q, most, total, mixed, k, k_scale, v, v_scale, seen, SCALE, FP8)
     if parts > 1:
         base = (row.to(tl.int64) * KVH + head) * PARTS
-        at = sums + ((base + part) * G + g)[:, None] * D + d[None, :]
-        tl.store(at, mixed, mask=inside)
-        top = tops + ((base + part) * G + g) * 2
-        tl.store(top, most, mask=g < G)
-        tl.store(top + 1, total, mask=g < G)
-        tl.debug_barrier()  # all of this program's sums are written before it reports
-        if tl.atomic_add(arrived + row * KVH + head, 1, sem="acq_rel") != parts - 1:
-            return
-        tl.store(arrived + row * KVH + head, 0)
-        # All parts at once: one wait for memory. Those that are not there weigh nothing.
+        at = (base + part) * G + g
+        to, top = sums + at[:, None] * D + d[None, :], tops + at * 2
         p, few = tl.arange(0, PARTS), tl.arange(0, GROUP)
         there = (p < parts)[:, None] & (few < G)[None, :]
         line_at = (base + p)[:, None] * G + few[None, :]
-        top_of = tl.load(tops + line_at * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        sum_of = tl.load(tops + line_at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        tops_at = tops + line_at * 2
         parts_at = sums + line_at[:, :, None] * D + d[None, None, :]
         kept = there[:, :, None] & (d < D)[None, None, :]
-        part_of = tl.load(parts_at, mask=kept, other=0.0, cache_modifier=".cg")
+        # All parts at once: one wait for memory. Those that are not there weigh nothing.
+        if POSTED:
+            tl.store(to, _numbered(mixed, number), mask=inside)
+            tl.store(top, _numbered(most, number), mask=g < G)
+            tl.store(top + 1, _numbered(total, number), mask=g < G)
+            if part != parts - 1:
+                return
+            top_word = tl.zeros((PARTS, GROUP), tl.int64)
+            sum_word = top_word
+            part_word = tl.zeros((PARTS, GROUP, BLOCK_D), tl.int64)
+            late = 1
+            while late != 0:  # the other parts wait for nobody and were started before this one
+                part_word = tl.load(parts_at, mask=kept, other=0, volatile=True)
+                top_word = tl.load(tops_at, mask=there, other=0, volatile=True)
+                sum_word = tl.load(tops_at + 1, mask=there, other=0, volatile=True)
+                heads_late = _off(top_word, number, there) + _off(sum_word, number, there)
+                late = tl.sum(_off(part_word, number, kept)) + tl.sum(heads_late)
+            tl.store(turns_of + row * KVH + head, number)
+            part_of, sum_of = _value(part_word), _value(sum_word)
+            top_of = tl.where(there, _value(top_word), float("-inf"))
+        else:
+            tl.store(to, mixed, mask=inside)
+            tl.store(top, most, mask=g < G)
+            tl.store(top + 1, total, mask=g < G)
+            tl.debug_barrier()  # all of this program's sums are written before it reports
+            if tl.atomic_add(turns_of + row * KVH + head, 1, sem="acq_rel") != parts - 1:
+                return
+            tl.store(turns_of + row * KVH + head, 0)
+            top_of = tl.load(tops_at, mask=there, other=float("-inf"), cache_modifier=".cg")
+            sum_of = tl.load(tops_at + 1, mask=there, other=0.0, cache_modifier=".cg")
+            part_of = tl.load(parts_at, mask=kept, other=0.0, cache_modifier=".cg")
         highest = tl.max(top_of, 0)
         highest = tl.where(highest == float("-inf"), 0.0, highest)
         share_of = tl.exp2(top_of - highest[None, :])
-        whole = tl.maximum(tl.sum(sum_of * share_of, 0), 1e-30)
-        merged = tl.sum(part_of * share_of[:, :, None], 0) / whole[:, None]
+        every = tl.maximum(tl.sum(sum_of * share_of, 0), 1e-30)
+        merged = tl.sum(part_of * share_of[:, :, None], 0) / every[:, None]
         _put(out, merged, row, head * G + few, few < G, d, places, places_of, D, HAS_ORDER)
     else:
         _put(out, mixed / total[:, None], row, head * G + g, g < G, d, places, places_of, D, HAS_ORDER)

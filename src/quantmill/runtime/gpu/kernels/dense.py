@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quantmill.runtime.gpu.kernels.rotary import prefetch_rows
+
 
 @triton.jit(do_not_specialize=["M"])
 def dense_kernel(
@@ -33,6 +35,7 @@ def dense_kernel(
     i = tl.arange(0, BK)
     if PDL:
         gdc_launch_dependents()
+        prefetch_rows(weight, tl.minimum(n, N - 1), K)
         gdc_wait()
     rows, outputs = (m < M)[None, :], (n < N)[:, None]
     total = tl.zeros((BN, BM), tl.float32)

@@ -60,11 +60,12 @@ def norm_kernel(
 
 @triton.jit
 def silu_kernel(
-    gate_up,  # (rows, 2 N) any float: `span` gates, their ups, the next gates ...
-    out,  # (rows, N) fp16 or bf16
+    gate_up,  # (rows, 2 N) any float: SPAN gates, their ups, the next gates ...
+    out,  # (rows, N) fp16 or bf16, rows `stride` apart
     N,
-    span,
+    stride,
     scale,  # a power of two that keeps products within fp16
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -75,11 +76,11 @@ def silu_kernel(
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = n < N
-    at = gate_up + row * 2 * N + n // span * (2 * span) + n % span
+    at = gate_up + row * 2 * N + n // SPAN * (2 * SPAN) + n % SPAN
     gate = tl.load(at, mask=here, other=0.0).to(tl.float32)
-    up = tl.load(at + span, mask=here, other=0.0).to(tl.float32)
+    up = tl.load(at + SPAN, mask=here, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(tl.minimum(-gate, 80.0))) * up * scale
-    tl.store(out + row * N + n, value.to(out.dtype.element_ty), mask=here)
+    tl.store(out + row * stride + n, value.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit

@@ -47,17 +47,32 @@ def turns(table, positions, d, D: tl.constexpr):
 
 
 @triton.jit
+def _eighth(value):
+    """Vectors (rows or 1, D) float32 in eight bits, and their scales (rows or 1, 1) float16."""
+    most = tl.max(tl.abs(value), 1)[:, None]
+    scale = tl.maximum(most / FP8_MOST, 1e-6).to(tl.float16)
+    small = value / scale.to(tl.float32)
+    return tl.minimum(tl.maximum(small, -FP8_MOST), FP8_MOST).to(tl.float8e4nv), scale
+
+
+@triton.jit
+def as_stored(value, x_type: tl.constexpr, FP8: tl.constexpr):
+    """Keys or values (rows or 1, D) float32 as they will be when they are read from the cache."""
+    if FP8:
+        small, scale = _eighth(value)
+        value = small.to(tl.float32) * scale.to(tl.float32)
+    return value.to(x_type).to(tl.float32)
+
+
+@triton.jit
 def store_vectors(cache, scales, slots, value, here, d, D: tl.constexpr, FP8: tl.constexpr):
     """Keys or values (rows or 1, D) float32 of one head into the cache at `slots`, (rows, 1) or a number."""
     at = cache + slots * D + d[None, :]
     mask = (d < D)[None, :] & here
     if FP8:
-        most = tl.max(tl.abs(value), 1)[:, None]
-        scale = tl.maximum(most / FP8_MOST, 1e-6).to(tl.float16)
-        tl.store(scales + slots + tl.zeros_like(most).to(tl.int64), scale, mask=here)
-        small = value / scale.to(tl.float32)
-        small = tl.minimum(tl.maximum(small, -FP8_MOST), FP8_MOST)
-        tl.store(at, small.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=mask)
+        small, scale = _eighth(value)
+        tl.store(scales + slots + tl.zeros_like(scale).to(tl.int64), scale, mask=here)
+        tl.store(at, small.to(tl.uint8, bitcast=True), mask=mask)
     else:
         tl.store(at, value.to(cache.dtype.element_ty), mask=mask)
 
@@ -94,6 +109,17 @@ def prefetch_block(cache, first, D: tl.constexpr, N: tl.constexpr):
     """Ask for N vectors that lie side by side: they travel to the L2 cache, nothing waits for them."""
     LINE: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)  # elements of a line of it
     at = cache + first * D + tl.arange(0, N * D // LINE) * LINE
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def prefetch_rows(matrix, rows, columns):
+    """Ask for the first 512 bytes of some rows, as prefetch_block does."""
+    LINE: tl.constexpr = 128 // (matrix.dtype.element_ty.primitive_bitwidth // 8)
+    first = tl.minimum(tl.arange(0, 4) * LINE, columns - 1)
+    at = matrix + rows.to(tl.int64)[:, None] * columns + first[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -144,3 +170,48 @@ def cache_kernel(
     store_vectors(keys, key_scales, slot, key, here[:, None], d, D, FP8)
     value = tl.load(source + KVH * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
     store_vectors(values, value_scales, slot, value, here[:, None], d, D, FP8)
+
+
+@triton.jit
+def turn_kernel(
+    qkv,  # (rows, (H + 2 KVH) * D) fp16 or bf16
+    query_norm,  # (D,) float32; these two not read unless HAS_NORM
+    key_norm,
+    cosines,  # (context, D / 2) float32
+    sines,
+    keys,  # (pages, KVH, PAGE, D) as qkv
+    values,
+    positions,  # (rows,) int32
+    pages,  # the pages of the one sequence, int32
+    turned,  # (rows, (H + 2 KVH) * D) as qkv
+    rows,
+    H: tl.constexpr,
+    KVH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    EPSILON: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program turns one head of BLOCK rows of one sequence; a key takes its value along, also to their page."""
+    row, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    here = row < rows
+    position = tl.load(positions + row, mask=here, other=0)
+    d = tl.arange(0, BLOCK_D)
+    mask = here[:, None] & (d < D)[None, :]
+    first = row.to(tl.int64)[:, None] * ((H + 2 * KVH) * D) + head * D
+    at = first + d[None, :]
+    cosine, sine = turns(cosines, position[:, None], d, D), turns(sines, position[:, None], d, D)
+    norm = query_norm
+    if head >= H:
+        norm = key_norm
+    vectors = rotated(qkv + first, norm, cosine, sine, d, mask, D, EPSILON, HAS_NORM)
+    tl.store(turned + at, vectors.to(turned.dtype.element_ty), mask=mask)
+    if head >= H:
+        page = tl.load(pages + position // PAGE, mask=here, other=0)
+        slot = ((page.to(tl.int64) * KVH + head - H) * PAGE + position % PAGE)[:, None]
+        store_vectors(keys, keys, slot, vectors, here[:, None], d, D, False)
+        value = tl.load(qkv + at + KVH * D, mask=mask, other=0.0)
+        tl.store(turned + at + KVH * D, value, mask=mask)
+        store_vectors(values, values, slot, value, here[:, None], d, D, False)
