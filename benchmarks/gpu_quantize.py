@@ -26,7 +26,7 @@ from quantmill.files import read_json
 from quantmill.hub.variants import parse_variant
 from quantmill.quantize import calibration, memory
 from quantmill.quantize.arithmetic import tensor_cores
-from quantmill.quantize.job import BlockFinished, Job, rows_share
+from quantmill.quantize.job import Job, ModuleSolved, rows_share
 from quantmill.quantize.pipeline import peak_ram_bytes, quantize
 from quantmill.quantize.presets import recipe_of
 from quantmill.types import CalibrationSet
@@ -98,23 +98,76 @@ def measured_rates() -> dict[str, float]:
     return rates
 
 
-def floor_seconds(config: dict[str, object], variants, samples: int, seqlen: int) -> float:
-    """Operations over measured rates, nothing else: one layer of every variant."""
+def floor_seconds(
+    config: dict[str, object], variants, samples: int, seqlen: int, preset: str
+) -> dict[str, float]:
+    """Operations over measured rates, nothing else: one layer of every variant, by stage."""
     d, shapes, rates = dimensions(config), linear_shapes(config), measured_rates()
     weights = sum(s.out_features * s.in_features for s in shapes.values())
     inputs = (d.hidden, d.hidden, d.heads * d.head_dim, d.intermediate)
     square = sum(s.out_features * s.in_features**2 for s in shapes.values())
-    total = 0.0
+    stages = dict.fromkeys(("forward", "moments", "factors", "columns", "refit", "losses", "best"), 0.0)
     for v in variants:
+        recipe = recipe_of(preset, v)
+        two, rounds = 1 + recipe.two_streams, recipe.rounds
         tokens = max(1, round(samples * rows_share(v.config))) * seqlen
         attention = 2.0 * tokens * seqlen * d.heads * d.head_dim  # causal: half of QK and half of PV
-        sixteen = 2.0 * tokens * weights + attention + sum(1.0 * tokens * k * k for k in inputs)
-        refitted = v.config.bits <= 4
-        tensor = square * (1 + 4)  # the column loop's feedback, two products for the loss
-        tensor += square * (6 + 1.5) * refitted  # W H in three parts; group products in three bfloat16 parts
-        total += sixteen / rates["fp16"] + tensor / rates["tf32"]
-        total += sum(k**3 / 3 for k in inputs) / rates["fp64"]
-    return total
+        stages["forward"] += two * (2.0 * tokens * weights + attention) / rates["fp16"]
+        moments = sum(tokens * k * k * (3.0 if recipe.two_streams else 1.0) for k in inputs)
+        if recipe.residual:
+            moments += sum(2.0 * tokens * k * d.hidden for k in inputs[2:])
+        stages["moments"] += moments / rates["fp16"]
+        ridges = len(recipe.shift_ridges) if recipe.two_streams else 0
+        stages["factors"] += (1 + ridges) * sum(k**3 / 3 for k in inputs) / rates["fp64"]
+        stages["columns"] += square / rates["fp32"]
+        refits = (v.config.bits <= 4) + rounds
+        stages["refit"] += refits * square * (6 + 3) / rates["tf32"]  # W H in halves; products of groups
+        looks = 2 + (2 * rounds + 2 + 2 + 2 * ridges if recipe.two_streams else 0)
+        stages["losses"] += looks * square * 6 / rates["tf32"]  # a product of halves each
+        stages["best"] += square * (
+            2 * ridges / rates["fp64"] + 2 * rounds / rates["fp32"]
+        )  # shifts, descent
+    return stages
+
+
+class Clock:
+    """When every linear was solved, and the most GPU memory that was taken on the way there."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self.began = time.perf_counter()
+        self.solved: list[tuple[str, str, float, int]] = []  # branch, module, seconds, bytes
+        self.most = 0
+
+    def now(self) -> float:
+        return time.perf_counter() - self.began
+
+    def hear(self, event: object) -> None:
+        if isinstance(event, ModuleSolved):
+            taken = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.most = max(self.most, taken)
+            self.solved.append((event.branch, event.report.name, self.now(), taken))
+
+    def first(self) -> float:
+        """When the first layer was solved for all variants."""
+        return max(at for _, name, at, _ in self.solved if ".layers.0." in name)
+
+    def per_layer(self) -> float:
+        """Seconds of one more layer: loading and the lanes' way to its end counted."""
+        last = max(at for _, _, at, _ in self.solved)
+        layers = {name.split(".")[2] for _, name, _, _ in self.solved}
+        return (last - self.first()) / max(1, len(layers) - 1)
+
+    def print_stages(self) -> None:
+        """The second layer, group by group: seconds since the group before, and the peak within them."""
+        before = self.first()
+        for branch, name, at, taken in self.solved:
+            if ".layers.1." in name:
+                print(
+                    f"  {branch[:24]:24} {name.split('.')[-1]:10} {at - before:.3f} s {taken / 1e9:6.2f} GB"
+                )
+                before = at
 
 
 def main(words: list[str] | None = None) -> None:
@@ -163,41 +216,41 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
         device="cuda",
         **limits,
     )
-    two = any(recipe_of(asked.preset, v).two_streams for v in variants)
-    load = memory.load_of(config, variants, asked.samples, asked.seqlen, "cuda", two)
+    paired = [recipe_of(asked.preset, v).two_streams for v in variants]
+    load = memory.load_of(config, variants, asked.samples, asked.seqlen, "cuda", paired)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    marks = []
-
-    def on_event(event: object) -> None:
-        if isinstance(event, BlockFinished):
-            marks.append((event.index, time.perf_counter() - began))
-            print(f"  {event.branch} block {event.index}: {marks[-1][1]:.2f} s", flush=True)
+    clock = Clock()
 
     def run():
-        return quantize(job, on_event)
+        return quantize(job, clock.hear)
 
     done = profiled(run) if asked.profile else run()
-    total = time.perf_counter() - began
-    ends = [max(t for i, t in marks if i == layer) for layer in range(layers)]
-    layer = (ends[-1] - ends[0]) / max(1, layers - 1)
-    floor = floor_seconds(config, variants, asked.samples, asked.seqlen)
+    layer = clock.per_layer()
+    stages = floor_seconds(config, variants, asked.samples, asked.seqlen, asked.preset)
+    floor = sum(stages.values())
     print(
         f"{len(variants)} variant(s), {asked.samples} x {asked.seqlen} tokens, {layers} layers: first "
-        f"layer {ends[0]:.2f} s, each further {layer:.3f} s, writing {total - ends[-1]:.2f} s, all {total:.2f} s"
+        f"layer solved at {clock.first():.2f} s, each further {layer:.3f} s, all {clock.now():.2f} s"
     )
-    print(f"32 layers: {ends[0] + 31 * layer:.1f} s; floor {32 * floor:.1f} s, ratio {layer / floor:.2f}")
-    gib = 2.0**30
     print(
-        f"peak GPU memory {torch.cuda.max_memory_allocated() / gib:.2f} GiB allocated, "
-        f"{torch.cuda.max_memory_reserved() / gib:.2f} reserved; host {peak_ram_bytes() / gib:.2f} GiB"
+        f"32 layers: {clock.first() + 31 * layer:.1f} s; floor {32 * floor:.1f} s, ratio {layer / floor:.2f}"
     )
+    print("floor of a layer, ms: " + ", ".join(f"{k} {1e3 * s:.0f}" for k, s in stages.items()))
+    clock.print_stages()
+    most = max(clock.most, torch.cuda.max_memory_allocated())
+    print(
+        f"peak GPU memory {most / 1e9:.2f} GB allocated, {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved; "
+        f"host {peak_ram_bytes() / 1e9:.2f} GB"
+    )
+    free, whole = torch.cuda.mem_get_info()
+    print(f"the device has given out {(whole - free) / 1e9:.2f} GB, the driver's part included")
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     way = memory.choose(load, "cuda", vram=limits.get("max_vram", free), ram=limits.get("max_ram"))
     print(
-        f"predicted for {way.name}: GPU {memory.gpu_bytes(load, way) / gib:.2f} GiB, host "
-        f"{memory.host_bytes(load, way) / gib:.2f} GiB"
+        f"predicted for {way.name}: GPU {memory.gpu_bytes(load, way) / 1e9:.2f} GB, {memory.GPU_BASE / 1e9:.2f} "
+        f"of it the driver's; host {memory.host_bytes(load, way) / 1e9:.2f} GB"
     )
     for f in done:
         print(f"{f.branch}: {f.seconds:.2f} s, losses " + " ".join(f"{m.loss:.2e}" for m in f.modules[:7]))
@@ -213,7 +266,10 @@ def profiled(run):
     events = prof.key_averages()
     for kind, rows in (
         ("kernels", [e for e in events if e.device_type == DeviceType.CUDA]),
-        ("operators", [e for e in events if e.device_type == DeviceType.CPU and e.self_device_time_total > 0]),
+        (
+            "operators",
+            [e for e in events if e.device_type == DeviceType.CPU and e.self_device_time_total > 0],
+        ),
     ):
         rows = sorted(rows, key=lambda e: -e.self_device_time_total)
         print(f"{kind}: {sum(e.self_device_time_total for e in rows) / 1e3:.0f} ms on the GPU")

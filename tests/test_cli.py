@@ -80,6 +80,23 @@ def test_plan_reads_nothing_but_the_config(tmp_path: Path, capsys: pytest.Captur
     assert "gptq-3bit-64g-actorder_False" in out
 
 
+def test_plan_keeps_limits_and_knows_the_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from quantize.test_plan import MISTRAL_7B
+
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
+
+    def vram(*words: str) -> float:
+        status, out, _ = call(capsys, "plan", tmp_path, "--variant", "4bit-128g", "--json", *words)
+        assert status == 0
+        return float(json.loads(out)["variants"][0]["peak_vram_bytes"])
+
+    assert vram("--max-vram", "16GB") < 16e9 < vram() < vram("--preset", "best")
+    assert vram("--preset", "best", "--max-vram", "16GB") < 16e9
+    status, _, err = call(capsys, "plan", tmp_path, "--max-vram", "2GB")
+    assert status == 2
+    assert "--max-vram" in err
+
+
 def test_check_eval_card_generate(
     made: Path, tiny_llama: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from quantize.test_plan import MISTRAL_7B
 from quantmill.errors import BadRequest
 from quantmill.hub.variants import CARD_GRID
 from quantmill.quantize.memory import (
+    GPU_BASE,
     RESIDENCES,
     choose,
     cpu_bytes,
@@ -52,7 +53,35 @@ def test_too_little_is_refused_with_what_it_takes() -> None:
 
 
 def test_two_streams_take_more() -> None:
-    assert gpu_bytes(load(two_streams=True), RESIDENCES[0]) > 1.5 * gpu_bytes(load(), RESIDENCES[0])
+    two = load(paired=(True, True, False, False))
+    assert gpu_bytes(two, RESIDENCES[0]) > 1.5 * gpu_bytes(load(), RESIDENCES[0])
+    assert two.tokens == (262144, 262144, 32768, 32768, 262144, 262144)
+
+
+def test_preset_best_fits_16_gb_of_gpu_and_12_gb_of_host_memory() -> None:
+    one = load_of(MISTRAL_7B, CARD_GRID[:1], 128, 2048, "cuda", (True,))
+    way = choose(one, "cuda", vram=16 * GB, ram=12 * GB)
+    assert not way.waiting
+    assert host_bytes(one, way) <= 12 * GB
+
+
+MEASURED = (  # benchmarks/gpu_quantize.py on one H200: variants, preset best, the way, bytes that tensors took
+    (1, False, "resident", 46.01e9),
+    (4, False, "resident", 48.71e9),
+    (1, False, "rerun", 10.58e9),
+    (1, True, "resident", 95.21e9),
+)
+
+
+@pytest.mark.parametrize(("variants", "best", "name", "taken"), MEASURED)
+def test_what_was_measured_is_predicted_within_a_tenth(
+    variants: int, best: bool, name: str, taken: float
+) -> None:
+    chosen = CARD_GRID[:variants]
+    paired = [best and v.config.bits < 8 for v in chosen]
+    way = next(r for r in RESIDENCES if r.name == name)
+    predicted = gpu_bytes(load_of(MISTRAL_7B, chosen, 128, 2048, "cuda", paired), way)
+    assert predicted == pytest.approx(taken + GPU_BASE, rel=0.1)
 
 
 def test_groups_are_what_is_solved_as_one() -> None:

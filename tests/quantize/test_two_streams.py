@@ -95,3 +95,31 @@ def test_only_the_quantised_stream_uses_a_replaced_weight() -> None:
         assert torch.equal(after[0].quantised, s.pairs[0].quantised)
         assert torch.allclose(after[0].original, first(s.block(s.pairs[0].original, **s.frame)), atol=1e-5)
     assert isinstance(s.block.self_attn.q_proj, torch.nn.Linear)
+
+
+def test_pairs_that_start_again_give_what_waiting_ones_give() -> None:
+    s = Setup("qwen2")
+
+    def run(waiting: bool) -> tuple[list[Pair], dict[str, torch.Tensor]]:
+        moments: dict[str, torch.Tensor] = {}
+
+        def at_group(group: LinearGroup, fit: Moments, judge: Moments | None) -> None:
+            assert judge is not None
+            moments[group.name] = torch.cat(
+                [fit.hessian.mean(), fit.cross, judge.hessian.mean(), judge.cross]
+            )
+            for module in group.modules:
+                paired.taps[module].use(0.9 * paired.weight(module))
+
+        kept: dict[int, Pair] = {}
+        with torch.no_grad(), PairedBlock(s.block, s.groups, torch.float32) as paired:
+            frames = [s.frame] * 3
+            left = paired.run(s.pairs, frames, 1, True, at_group, keep=kept.__setitem__, waiting=waiting)
+        assert left == []
+        return [kept[i] for i in range(3)], moments
+
+    (waited, moments), (again, same) = run(True), run(False)
+    for a, b in zip(waited, again, strict=True):
+        assert torch.equal(a.quantised, b.quantised)
+        assert torch.equal(a.original, b.original)
+    assert all(torch.equal(moments[name], same[name]) for name in moments)

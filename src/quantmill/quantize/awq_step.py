@@ -149,7 +149,7 @@ class AwqStep(BlockStep):
 
 def refusal(config: QuantConfig, in_features: int, out_features: int) -> str | None:
     """Why AWQ's layout cannot hold a linear of this size, before it is solved."""
-    size = config.effective_group(in_features)
+    size = in_features if config.group_size == -1 else config.group_size
     if config.act_order is ActOrder.GROUPED:
         return "its groups would follow an act order (g_idx): leave --grouped out"
     if in_features % size:

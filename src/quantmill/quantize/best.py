@@ -16,7 +16,7 @@ from quantmill.quantize.moments import Moments
 from quantmill.quantize.presets import Recipe, module_recipe
 from quantmill.quantize.refine import solve_best
 from quantmill.quantize.solver import Solution, dequantize
-from quantmill.quantize.two_streams import Pair, PairedBlock
+from quantmill.quantize.two_streams import Keep, Pair, PairedBlock
 from quantmill.types import IntLinear, ModuleReport, QuantConfig
 
 OnReport = Callable[[ModuleReport], None]
@@ -46,8 +46,14 @@ def solve_block(
     on_report: OnReport,
     prefix: str = "",
     matmul_dtype: torch.dtype = torch.float32,
+    *,
+    keep: Keep | None = None,
+    waiting: bool = True,
 ) -> SolvedPair:
-    """Solve every group of a block on what the groups before it hand over; a pure function of tensors."""
+    """Solve every group of a block on what the groups before it hand over; a pure function of tensors.
+
+    `keep` and `waiting` as `PairedBlock.run` has them: with `keep`, the result holds no outputs.
+    """
     linears: dict[str, IntLinear] = {}
     reports: list[ModuleReport] = []
     held = held_lanes(len(pairs), recipe.heldout)
@@ -63,7 +69,7 @@ def solve_block(
                 reports.append(_report(prefix + module, s, fit.tokens, seconds))
                 on_report(reports[-1])
 
-        after = paired.run(pairs, frames, held, recipe.residual, at_group)
+        after = paired.run(pairs, frames, held, recipe.residual, at_group, keep=keep, waiting=waiting)
     return SolvedPair(linears, tuple(reports), after)
 
 
@@ -76,8 +82,8 @@ def _solve_group(
     recipe: Recipe,
     prefix: str,
 ) -> list[Solution]:
-    weights = [paired.weight(m) for m in group.modules]
-    W, recipe = torch.cat(weights), module_recipe(recipe, config)
+    W, recipe = torch.cat([paired.weight(m) for m in group.modules]), module_recipe(recipe, config)
+    weights = torch.split(W, [len(paired.taps[m].source) for m in group.modules])
     try:
         return solve_best(weights, fit.goal(W), judge.goal(W) if judge else None, config, recipe)
     except BadCheckpoint as e:
@@ -95,12 +101,13 @@ def replay_block(
     frames: Sequence[Mapping[str, Any]],
     linears: Mapping[str, IntLinear],
     matmul_dtype: torch.dtype = torch.float32,
+    *,
+    keep: Keep | None = None,
 ) -> list[Pair]:
-    """Both streams through a finished block."""
+    """Both streams through a finished block; with `keep`, no outputs are returned."""
+    after: list[Pair] = []
     with PairedBlock(block, groups, matmul_dtype) as paired:
-
-        def at_group(group: LinearGroup, _: Moments, __: Moments | None) -> None:
-            for module in group.modules:
-                paired.taps[module].use(dequantize(linears[module]))
-
-        return paired.run(pairs, frames, 0, False, at_group)
+        for module, linear in linears.items():
+            paired.taps[module].use(dequantize(linear))
+        paired.forward(pairs, frames, keep or (lambda _, pair: after.append(pair)))
+    return after

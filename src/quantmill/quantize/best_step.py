@@ -1,6 +1,6 @@
 """Preset best in the pipeline: `pipeline.BlockStep`'s face over `best`, block tuning, distillation; all resumable.
 
-What it keeps in the work folder is what is written: packed linears, norms that tuning changed in float16,
+What it keeps in the work folder is what is written: packed linears, norms that training changed in float16,
 and, as one block more than the model has, what distillation changed.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +21,10 @@ from quantmill.formats.gptq import pack, unpack
 from quantmill.quantize.arithmetic import matmul_dtype
 from quantmill.quantize.best import held_lanes, replay_block, solve_block
 from quantmill.quantize.block_tuning import tune_block
-from quantmill.quantize.distill import distill
+from quantmill.quantize.distill import affordable, distill
 from quantmill.quantize.job import Job, ModuleSolved, OnEvent
 from quantmill.quantize.presets import DISTILL, TUNE, Recipe, lowest_bits
+from quantmill.quantize.states import States
 from quantmill.quantize.two_streams import Pair
 from quantmill.quantize.work import SolvedBlock
 from quantmill.types import IntLinear, PackedLinear, QuantConfig, Variant
@@ -38,6 +40,23 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 def lane_rows(rows: int, at_most: int) -> int:
     """Rows of tokens per lane."""
     return max(1, min(at_most, rows // LANES))
+
+
+class Pairs(Sequence[Pair]):
+    """Both streams' hidden states, batch by batch: read when asked for, kept as `States` keeps them."""
+
+    def __init__(self, quantised: States, original: States) -> None:
+        self.quantised, self.original = quantised, original
+
+    def __len__(self) -> int:
+        return len(self.quantised)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]  # no slices
+        return Pair(self.quantised[index], self.original[index])
+
+    def keep(self, index: int, pair: Pair) -> None:
+        """This batch has gone through the block."""
+        self.quantised[index], self.original[index] = pair.quantised, pair.original
 
 
 class BestStep:
@@ -60,7 +79,7 @@ class BestStep:
         self.original = stream.original
         on_gpu = stream.hidden.device.type == "cuda"  # a CPU's sixteen bits gain nothing beside the solving
         self.matmul_dtype = matmul_dtype(stream.hidden.device) if on_gpu else torch.float32
-        self.pairs = [Pair(q, o) for q, o in zip(stream.hidden, self.original, strict=True)]
+        self.pairs = Pairs(stream.hidden, self.original)
 
     def solve(self, on_event: OnEvent) -> SolvedBlock:
         """Solve every group, tune the block if asked to, send both streams on."""
@@ -75,19 +94,27 @@ class BestStep:
             lambda report: on_event(ModuleSolved(branch, report)),
             self.prefix,
             self.matmul_dtype,
+            keep=None if self.tune else self.pairs.keep,  # tuning needs what came in, too
+            waiting=self.stream.residence.waiting,
         )
         linears, norms, reports, after = solved.linears, {}, solved.reports, solved.pairs
         if self.tune:
             held = held_lanes(len(self.pairs), self.recipe.heldout)
             inputs, wanted = [p.quantised for p in self.pairs], [p.original for p in after]
             tuned = tune_block(
-                self.block, linears, inputs, wanted, self.frames, held, TUNE[lowest_bits(self.stream.variant)]
+                self.block,
+                linears,
+                inputs,
+                wanted,
+                self.frames,
+                held,
+                TUNE[lowest_bits(self.stream.variant)],
+                {m: self._config_of(m).max_code for m in linears},
             )
             linears, norms = tuned.linears, tuned.norms
             gain = f"block tuned {tuned.tuned.before:.3g} -> {tuned.tuned.after:.3g}"
             reports = tuple(replace(r, choice=f"{r.choice}, {gain}") for r in reports)
-            after = self._send(linears, norms, wanted)
-        self._go_on(after)
+            self._go_on(self._send(linears, norms, wanted))
         return SolvedBlock(self._tensors(linears, norms), reports)
 
     def replay(self, kept: SolvedBlock) -> SolvedBlock:
@@ -99,10 +126,12 @@ class BestStep:
             for name, tensor in kept.tensors.items()
             if name.endswith(".weight")
         }
-        after = replay_block(self.block, self.groups, self.pairs, self.frames, linears, self.matmul_dtype)
+        keep = None if norms else self.pairs.keep
+        after = replay_block(
+            self.block, self.groups, self.pairs, self.frames, linears, self.matmul_dtype, keep=keep
+        )
         if norms:
-            after = self._send(linears, norms, [p.original for p in after])
-        self._go_on(after)
+            self._go_on(self._send(linears, norms, [p.original for p in after]))
         return kept
 
     def _send(
@@ -122,7 +151,7 @@ class BestStep:
 
     def _go_on(self, after: Sequence[Pair]) -> None:
         for i, pair in enumerate(after):
-            self.stream.hidden[i], self.original[i] = pair.quantised, pair.original
+            self.pairs.keep(i, pair)
 
     def _tensors(self, linears: Mapping[str, IntLinear], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = {f"{self.prefix}{name}.weight": w.half().cpu() for name, w in norms.items()}
@@ -147,10 +176,9 @@ def _set_weight(block: nn.Module, name: str, weight: Tensor) -> None:
 
 
 def _packed(name: str, linear: IntLinear, config: QuantConfig, bias: Tensor | None) -> dict[str, Tensor]:
-    on_cpu = IntLinear(*(t.cpu() for t in (linear.codes, linear.scales, linear.zeros, linear.g_idx)))
-    p = pack(on_cpu, config, None if bias is None else bias.half().cpu())
+    p = pack(linear, config, None if bias is None else bias.half())
     tensors = {f"{name}.{s}": getattr(p, s) for s in SUFFIXES}
-    return {key: t for key, t in tensors.items() if t is not None}
+    return {key: t.cpu() for key, t in tensors.items() if t is not None}
 
 
 def _unpack(
@@ -185,7 +213,7 @@ def finish(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> Non
 
 
 def _distil(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> SolvedBlock:
-    """Scales and norms that distillation changed, and all reports with what it brought."""
+    """Scales, norms and codes that distillation changed, and all reports with what it brought."""
     solved = [block for i in range(blocks) if (block := stream.work.read(i)) is not None]
     tensors = {name: t for block in solved for name, t in block.tensors.items()}
     original, rows = _whole_model(checkpoint, torch.device(job.device)), job.calibration.blocks
@@ -194,11 +222,29 @@ def _distil(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> So
     for name in [n for n in tensors if n.endswith(".weight")]:
         _set_weight(student, name.removesuffix(".weight"), tensors[name].float().to(job.device))
     held = max(1, round(HELD_ROWS * len(rows)))
-    done = distill(student, original, linears, rows, held, DISTILL[lowest_bits(stream.variant)])
-    changed = {f"{name}.scales": q.scales.T.contiguous().cpu() for name, q in done.linears.items()}
+    configs = {name: stream.variant.config_of(name) for name in linears}
+    codes = {name: c.max_code for name, c in configs.items()}
+    count = sum(q.codes.numel() for q in linears.values())
+    schedules, remark = affordable(DISTILL[lowest_bits(stream.variant)], count, _free_bytes(job))
+    done = distill(student, original, linears, rows, held, schedules, codes)
+    changed = {
+        key: tensor
+        for name, q in done.linears.items()
+        for key, tensor in _packed(name, q, configs[name], None).items()
+        if key.endswith((".qweight", ".scales"))
+    }
     changed |= {f"{name}.weight": w.half().cpu() for name, w in done.norms.items()}
-    gain = f"distilled {done.tuned.before:.4g} -> {done.tuned.after:.4g}"
+    gain = f"distilled {done.tuned.before:.4g} -> {done.tuned.after:.4g}{remark}"
     return SolvedBlock(changed, tuple(replace(r, choice=f"{r.choice}, {gain}") for r in stream.reports))
+
+
+def _free_bytes(job: Job) -> int:
+    """Memory that training may still take on the device."""
+    if not job.device.startswith("cuda"):
+        free = int(psutil.virtual_memory().available)
+        return free if job.max_ram is None else min(free, job.max_ram)
+    free = int(torch.cuda.mem_get_info()[0])
+    return free if job.max_vram is None else min(free, job.max_vram - torch.cuda.memory_allocated())
 
 
 def _linears(

@@ -1,4 +1,4 @@
-"""`--tune-blocks`: a solved block's scales and norms, trained until its output is the original's."""
+"""`--tune-blocks`: a solved block's scales, norms and codes, trained until its output is the original's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantmill.quantize.arithmetic import tensor_cores
 from quantmill.quantize.presets import Schedule
 from quantmill.quantize.scaled import ScaledNorm, norm_names, trainable
 from quantmill.quantize.tuning import Tuned, changed_scales, tune
@@ -17,7 +18,7 @@ from quantmill.types import IntLinear
 
 @dataclass(frozen=True, slots=True)
 class TunedBlock:
-    """The same codes with new scales, the norms that changed, and what it brought."""
+    """The linears as trained, the norms that changed, and what it brought."""
 
     linears: dict[str, IntLinear]
     norms: dict[str, Tensor]
@@ -32,14 +33,21 @@ def tune_block(
     frames: Sequence[Mapping[str, Any]],
     held: int,
     schedule: Schedule,
+    max_codes: Mapping[str, int],
     dtype: torch.dtype = torch.float32,
 ) -> TunedBlock:
     """Train on all lanes but the last `held`, judge on those.
 
-    inputs: hidden states (B, L, hidden) in the quantised stream; wanted: the block's outputs in the original.
+    inputs: hidden states (B, L, hidden) in the quantised stream; wanted: the block's outputs in the original;
+    max_codes: the largest code of every linear.
     """
     cut = len(inputs) - held
-    with torch.inference_mode(False), trainable(block, linears, norm_names(block), dtype) as modules:
+    codes = max_codes if schedule.code_rate else None
+    with (
+        torch.inference_mode(False),
+        tensor_cores(),
+        trainable(block, linears, norm_names(block), dtype, codes) as modules,
+    ):
         scale = 1.0 / float(wanted[0].var())
 
         def loss(lane: int) -> Tensor:

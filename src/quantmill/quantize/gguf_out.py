@@ -6,6 +6,7 @@ are float32, as llama.cpp wants them.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ from quantmill.quantize.job import Finished, Job
 from quantmill.types import Json, ModuleReport, Variant
 
 ROWS_AT_ONCE = 4096
+PAPERS = {
+    "README.md": "ORIGINAL_CARD.md",
+    "LICENSE": "LICENSE",
+    "chat_template.jinja": "chat_template.jinja",
+    "tokenizer_config.json": "tokenizer_config.json",
+}
 
 
 def write_gguf_variant(
@@ -51,10 +58,18 @@ def write_gguf_variant(
         )
         notes = write_gguf(path, model, tensors)
         write_json(folder / REPORT, report | {"container": variant.container, "notes": list(notes)})
+        _copy_papers(checkpoint.folder, folder)
         write_manifest(folder)
     modules = tuple(ModuleReport(**m) for m in report["modules"])
     size = sum(f.stat().st_size for f in target.glob("*.gguf"))
     return Finished(variant.branch, target, size, modules, report["seconds"])
+
+
+def _copy_papers(source: Path, folder: Path) -> None:
+    """What a card is written from: the original's card, its licence and its chat template."""
+    for name, target in PAPERS.items():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / target)
 
 
 def model_name(job: Job) -> str:

@@ -8,6 +8,7 @@ the column loop and the descent see a plain symmetric grid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from quantmill.quantize.solver import BLOCK, Factor
 ROUNDS = 3  # of descent and refit
 RIDGE = 1e-3
 PRODUCTS = 1 << 24  # elements of all rows' normal equations at once
+Judge = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +40,35 @@ class BlockLinear:
 
 def solve_blocks(W: Tensor, factor: Factor, kind: BlockType, rounds: int = ROUNDS) -> BlockLinear:
     """Quantise W (N, K) float32 with the factor of its inputs' Hessian. K is a multiple of kind.block."""
-    cost = torch.empty_like(factor.cost)
-    cost[factor.order] = factor.cost
-    grid = fit(W, cost, kind)
-    linear = BlockLinear(grid, _round(W, factor, grid))
-    linear = refit_blocks(W, factor.damped, linear)
+    linear = refit_blocks(W, factor.damped, fed_back(W, factor, kind))
     for _ in range(rounds):
         linear = refit_blocks(W, factor.damped, _descend(W, factor.damped, linear))
     return linear
+
+
+def solve_towards(
+    T: Tensor, factor: Factor, kind: BlockType, judge: Judge, rounds: int
+) -> tuple[BlockLinear, int]:
+    """`solve_blocks` of a target T (N, K); a step is kept only where the judge's loss falls. And how many were.
+
+    judge: weights (N, K) -> loss per row (N,), on tokens that nothing is fitted to.
+    """
+    linear, kept = fed_back(T, factor, kind), 0
+    least = float(judge(linear.weight).sum())
+    for step in (refit_blocks, *(s for _ in range(rounds) for s in (_descend, refit_blocks))):
+        tried = step(T, factor.damped, linear)
+        loss = float(judge(tried.weight).sum())
+        if loss < least:
+            linear, least, kept = tried, loss, kept + 1
+    return linear, kept
+
+
+def fed_back(W: Tensor, factor: Factor, kind: BlockType) -> BlockLinear:
+    """Grids fitted with the pivots as costs, then every column rounded with error feedback."""
+    cost = torch.empty_like(factor.cost)
+    cost[factor.order] = factor.cost
+    grid = fit(W, cost, kind)
+    return BlockLinear(grid, _round(W, factor, grid))
 
 
 def round_to_nearest(W: Tensor, kind: BlockType) -> BlockLinear:

@@ -43,7 +43,8 @@ class Load:
     hidden: int
     intermediate: int
     groups: tuple[tuple[int, int], ...]  # (N, K) of the linears that are solved as one
-    tokens: tuple[int, ...]  # per variant
+    tokens: tuple[int, ...]  # per stream of hidden states: of every variant, and of the originals beside them
+    waiting: int  # tokens of the largest variant, whose batches wait at a group, one or two for each token
     lane_tokens: int
     two_streams: bool = False  # preset best: the original's activations beside the quantised model's
 
@@ -63,16 +64,22 @@ def load_of(
     samples: int,
     seqlen: int,
     device: str,
-    two_streams: bool = False,
+    paired: Sequence[bool] = (),
 ) -> Load:
-    """The sizes of a run. Raises UnsupportedModel or BadCheckpoint for a bad config."""
+    """The sizes of a run; `paired` says which variants take the original's stream along, none by default.
+
+    Raises UnsupportedModel or BadCheckpoint for a bad config.
+    """
     dims, shapes = dimensions(config), linear_shapes(config)
     groups = tuple(
         (sum(shapes[m].out_features for m in group.modules), shapes[group.modules[0]].in_features)
         for group in architecture_of(config).groups
     )
-    tokens = tuple(max(1, round(samples * rows_share(v.config))) * seqlen for v in variants)
-    return Load(dims.hidden, dims.intermediate, groups, tokens, lane_tokens(device, seqlen), two_streams)
+    own = [max(1, round(samples * rows_share(v.config))) * seqlen for v in variants]
+    beside = [tokens for tokens, two in zip(own, paired, strict=False) if two]
+    widest = max(beside or own)
+    lane = lane_tokens(device, seqlen)
+    return Load(dims.hidden, dims.intermediate, groups, (*own, *beside), widest, lane, bool(beside))
 
 
 def lane_tokens(device: str, seqlen: int) -> int:
@@ -82,29 +89,32 @@ def lane_tokens(device: str, seqlen: int) -> int:
 
 def gpu_bytes(load: Load, residence: Residence) -> int:
     """GPU memory at the worst moment, the driver's part included."""
-    streams = 1 + load.two_streams
-    states = 0 if residence.on_host else 2 * sum(load.tokens) * load.hidden * streams
+    states = 0 if residence.on_host else 2 * sum(load.tokens) * load.hidden
     block = 4 * load.weights  # as stored, and what taps multiply with
     lane = load.lane_tokens * (16 * load.hidden + 12 * load.intermediate)
-    waiting = max(load.tokens) * (8 * load.hidden + 6 * load.widest) if residence.waiting else 0
-    if load.two_streams:  # a residual more in each, and a block's inputs and outputs as they are
-        waiting = 2 * waiting + max(load.tokens) * 24 * load.hidden
-    matrices, stacks = (56, 36) if load.two_streams else (30, 24)  # bytes per element of K x K and of N x K
+    # a token at the last group: the block's input, the residual and the normed residual, that group's input in
+    # float32 and in 16 bits; of two streams, the residual that the gap is taken from as well
+    held = 12 * load.hidden + 6 * load.widest
+    held = 2 * (held + 4 * load.hidden) if load.two_streams else held
+    waiting = load.waiting * held if residence.waiting else 0
+    beside = load.lane_tokens * held // 2 if load.two_streams and not residence.waiting else 0
+    matrices, stacks = (30, 44) if load.two_streams else (30, 24)  # bytes per element of K x K and of N x K
     solving = max(matrices * k * k + stacks * n * k for n, k in load.groups)
-    return GPU_BASE + states + block + waiting + max(lane, solving)
+    return GPU_BASE + states + block + waiting + max(lane + beside, solving)
 
 
 def host_bytes(load: Load, residence: Residence) -> int:
-    """Host memory at the worst moment of a run on a GPU: pinned states, pinned weights of two blocks."""
+    """Host memory at the worst moment of a run on a GPU: pinned states, pinned weights of two blocks, as much
+    again for the file they are read from, packed blocks on their way to disk and the embedding."""
     states = 2 * sum(load.tokens) * load.hidden if residence.on_host else 0
-    return HOST_BASE + states + 4 * load.weights
+    return HOST_BASE + states + 8 * load.weights
 
 
 def cpu_bytes(load: Load, residence: Residence) -> int:
     """Host memory at the worst moment of a run on the CPU."""
     streams = 1 + load.two_streams
-    states = 4 * sum(load.tokens) * load.hidden * streams
-    held = max(load.tokens) if residence.waiting else load.lane_tokens
+    states = 4 * sum(load.tokens) * load.hidden
+    held = load.waiting if residence.waiting else load.lane_tokens
     lanes = (
         2 * 4 * held * (3 * load.hidden + load.widest) * streams
     )  # twice: the allocator keeps as much again
@@ -113,7 +123,7 @@ def cpu_bytes(load: Load, residence: Residence) -> int:
 
 def choose(load: Load, device: str, *, vram: int | None, ram: int | None) -> Residence:
     """The fastest way to run within `vram` and `ram` bytes. Raises BadRequest naming what the least would take."""
-    ways = RESIDENCES[:1] if load.two_streams else RESIDENCES[:2] if device == "cpu" else RESIDENCES
+    ways = RESIDENCES[:2] if device == "cpu" else RESIDENCES
     if device == "cpu":
         need = [(r, 0, cpu_bytes(load, r)) for r in ways]
     else:

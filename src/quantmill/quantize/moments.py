@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantmill.quantize.arithmetic import add_products
+from quantmill.quantize.arithmetic import add_products, precise_product
 from quantmill.quantize.hessian import Hessian
 
 
@@ -28,7 +28,7 @@ class Goal:
 
     def loss(self, Q: Tensor) -> Tensor:
         """Mean squared output error per row up to a constant, (N,) float64, of weights Q (N, K)."""
-        return ((Q @ self.H - 2 * self.R) * Q).sum(1, dtype=torch.float64)
+        return ((precise_product(Q, self.H) - 2 * self.R) * Q).sum(1, dtype=torch.float64)
 
 
 class Moments:
@@ -55,11 +55,12 @@ class Moments:
         return self.hessian.tokens
 
     def goal(self, W: Tensor) -> Goal:
-        """The goal of stacked original weights W (N, K)."""
-        R = W @ self.cross
+        """The goal of stacked original weights W (N, K); ends the summing, and gives C's and D's memory back."""
+        R = precise_product(W, self.cross)
         if self.mismatch is not None:
             R += self.mismatch
-        return Goal(self.hessian.mean(), R / max(1, self.tokens), self.tokens)
+        self.cross, self.mismatch = R.new_empty(0), None
+        return Goal(self.hessian.mean(), R.div_(max(1, self.tokens)), self.tokens)
 
 
 def pooled(a: Goal, b: Goal) -> Goal:

@@ -27,7 +27,7 @@ from quantmill.checkpoint import Checkpoint, open_checkpoint
 from quantmill.errors import BadRequest
 from quantmill.quantize.best_step import BestStep, finish, lane_rows
 from quantmill.quantize.block_step import BlockStep
-from quantmill.quantize.containers import container_of
+from quantmill.quantize.containers import compares_streams, container_of, refuse_untrained
 from quantmill.quantize.folder import build_report, read_finished
 from quantmill.quantize.job import BlockFinished, Finished, Job, OnEvent, RunStarted, rows_share
 from quantmill.quantize.memory import GPU_BASE, Residence, choose, lane_tokens, load_of
@@ -61,6 +61,8 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
 
     Started by torchrun, all ranks make them together; events come to rank 0 alone. Raises UserErrors.
     """
+    if job.tune_blocks or job.distill:
+        refuse_untrained(job.variants)
     ranks = join(job.device)
     tell = on_event if ranks.first else lambda _: None
     checkpoint = open_checkpoint(job.source)
@@ -122,10 +124,17 @@ def _residence(job: Job, variants: Sequence[Variant], checkpoint: Checkpoint) ->
         free, total = torch.cuda.mem_get_info()
         vram = min(free, vram or free)
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, vram - GPU_BASE / 2) / total))
+        _grow_in_place()
     samples, seqlen = job.calibration.blocks.shape
-    two = any(recipe_of(job.preset, v).two_streams for v in variants if container_of(v).step is None)
-    load = load_of(checkpoint.config, variants, samples, seqlen, device.type, two)
+    paired = [compares_streams(v, job.preset) for v in variants]
+    load = load_of(checkpoint.config, variants, samples, seqlen, device.type, paired)
     return choose(load, device.type, vram=vram, ram=job.max_ram)
+
+
+def _grow_in_place() -> None:
+    """Let torch's segments grow: what it holds of a GPU's memory is then what tensors take, not a fifth more."""
+    setter = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (setter or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def _open_stream(job: Job, variant: Variant, shell: Shell, residence: Residence, ranks: Ranks) -> Stream:
@@ -137,7 +146,7 @@ def _open_stream(job: Job, variant: Variant, shell: Shell, residence: Residence,
         work = WorkFolder(job.out, variant.branch, identity, resume=True)
     rows = calibration_rows(job.calibration.blocks, variant.config)
     per_lane = lane_tokens(shell.device.type, rows.shape[1]) // rows.shape[1]
-    two = container_of(variant).step is None and recipe_of(job.preset, variant).two_streams
+    two = compares_streams(variant, job.preset)
     per_lane = lane_rows(len(rows), per_lane) if two else min(per_lane, -(-len(rows) // ranks.size))
     lanes = ranks.mine(torch.split(rows, per_lane))
 
@@ -189,9 +198,11 @@ def _settle(stream: Stream, on_event: OnEvent) -> None:
 
 def _step(job: Job, shell: Shell, block: nn.Module, prefix: str, stream: Stream, index: int) -> Step:
     """What solves a block of this variant: its container's step, else by the recipe of its preset."""
-    if (own := container_of(stream.variant).step) is not None:
-        return own(shell, block, prefix, stream, index)
-    recipe = recipe_of(job.preset, stream.variant)
+    row, recipe = container_of(stream.variant), recipe_of(job.preset, stream.variant)
+    if row.best is not None and stream.original is not None:
+        return row.best(shell, block, prefix, stream, index, recipe)
+    if row.step is not None:
+        return row.step(shell, block, prefix, stream, index)
     if not recipe.two_streams:
         return BlockStep(shell, block, prefix, stream, index)
     frames = [shell.frames_for(shape, index) for shape in stream.hidden.shapes]

@@ -15,7 +15,8 @@ import numpy as np
 from quantmill.architectures import Dimensions, LinearShape, architecture_of, dimensions, linear_shapes
 from quantmill.formats.gptq import packed_bytes
 from quantmill.quantize.job import rows_share
-from quantmill.quantize.memory import choose, cpu_bytes, gpu_bytes, load_of
+from quantmill.quantize.memory import choose, cpu_bytes, gpu_bytes, host_bytes, load_of
+from quantmill.quantize.presets import recipe_of
 from quantmill.types import Json, QuantConfig, Variant
 
 HEADER = 96  # bytes a tensor costs in a safetensors header, about
@@ -29,7 +30,8 @@ class VariantPlan:
     config: QuantConfig
     size_bytes: int
     bits_per_weight: float  # of the quantised linears, scales and zeros counted
-    peak_vram_bytes: int  # to quantise on a GPU
+    peak_vram_bytes: int  # to quantise on a GPU, the driver's part included
+    peak_host_bytes: int  # of host memory beside that
     peak_ram_bytes: int  # to quantise on a CPU
     seconds: float
 
@@ -44,6 +46,7 @@ class VariantPlan:
             "size_bytes": self.size_bytes,
             "bits_per_weight": round(self.bits_per_weight, 4),
             "peak_vram_bytes": self.peak_vram_bytes,
+            "peak_host_bytes": self.peak_host_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
             "seconds": round(self.seconds, 1),
         }
@@ -58,15 +61,18 @@ def plan(
     flops_per_second: float,
     max_vram: int | None = None,
     max_ram: int | None = None,
+    preset: str = "fast",
 ) -> list[VariantPlan]:
     """Predictions for every variant of one run. Raises UnsupportedModel or BadCheckpoint for a bad config.
 
-    Memory is that of the whole run, in the fastest way that fits the limits; BadRequest if none does.
+    Memory is that of the whole run, in the fastest way that fits the limits; BadRequest if none does. The limit
+    on host memory is for a run on a GPU.
     """
     dims, shapes = dimensions(config), linear_shapes(config)
-    on_gpu = load_of(config, variants, samples, seqlen, "cuda")
-    on_cpu = load_of(config, variants, samples, seqlen, "cpu")
-    vram = gpu_bytes(on_gpu, choose(on_gpu, "cuda", vram=max_vram, ram=max_ram))
+    paired = [recipe_of(preset, v).two_streams for v in variants]
+    on_gpu = load_of(config, variants, samples, seqlen, "cuda", paired)
+    on_cpu = load_of(config, variants, samples, seqlen, "cpu", paired)
+    way = choose(on_gpu, "cuda", vram=max_vram, ram=max_ram)
     ram = cpu_bytes(on_cpu, choose(on_cpu, "cpu", vram=None, ram=None))
     out = []
     for v in variants:
@@ -77,7 +83,8 @@ def plan(
                 config=v.config,
                 size_bytes=size_bytes(config, v.config),
                 bits_per_weight=bits_per_weight(config, v.config),
-                peak_vram_bytes=vram,
+                peak_vram_bytes=gpu_bytes(on_gpu, way),
+                peak_host_bytes=host_bytes(on_gpu, way),
                 peak_ram_bytes=ram,
                 seconds=operations(dims, shapes, tokens, seqlen) / flops_per_second,
             )

@@ -75,14 +75,21 @@ def refuse_unknown(preset: str, trained: bool) -> None:
         raise BadRequest(f"--tune-blocks and --distill need --preset best; {preset} does not train")
 
 
-# Steps, learning rates of scales and of norms (relative to their size), by bits: benchmarks/quality.py.
+# Steps; learning rates of scales and norms (relative to their size) and of codes (in steps of the grid); by bits.
 TUNE = {
-    2: Schedule(steps=200, rate=2e-3, norm_rate=1e-3),
-    3: Schedule(steps=200, rate=1e-3, norm_rate=1e-3),
-    4: Schedule(steps=200, rate=5e-4, norm_rate=5e-4),
+    2: Schedule(steps=100, rate=1e-3, norm_rate=1e-3, code_rate=1e-2),
+    3: Schedule(steps=100, rate=1e-3, norm_rate=1e-3, code_rate=1e-2),
+    4: Schedule(steps=100, rate=5e-4, norm_rate=5e-4),
 }
+# One after the other, each from the best state of the one before.
 DISTILL = {
-    2: Schedule(steps=600, rate=3e-3, norm_rate=2e-3),
-    3: Schedule(steps=300, rate=2e-3, norm_rate=1e-3),
-    4: Schedule(steps=300, rate=1e-3, norm_rate=1e-3),
+    2: (
+        Schedule(steps=150, rate=3e-3, norm_rate=1e-3),
+        Schedule(steps=150, rate=1e-3, norm_rate=5e-4, code_rate=1e-2),
+    ),
+    3: (
+        Schedule(steps=100, rate=2e-3, norm_rate=1e-3),
+        Schedule(steps=100, rate=1e-3, norm_rate=5e-4, code_rate=1e-2),
+    ),
+    4: (Schedule(steps=150, rate=1e-3, norm_rate=1e-3),),
 }

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from quantmill.quantize.arithmetic import precise_product
+from quantmill.quantize.columns import fed_back, in_order, in_place
 from quantmill.quantize.machines import machine_of
 from quantmill.quantize.moments import Goal, pooled
 from quantmill.quantize.presets import Recipe
@@ -33,6 +35,8 @@ from quantmill.quantize.solver import (
     split_rows,
 )
 from quantmill.types import ActOrder, IntLinear, QuantConfig
+
+SHIFTED_ROWS = 4096  # of a target at a time, which is in float64 meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +82,12 @@ def choose_target(
 ) -> tuple[Tensor, tuple[Shift, ...]]:
     """T = W + a (R - W H)(H + ridge I)^-1 with a and ridge per module by the judge's loss of T unrounded."""
     T, chosen, least = W.clone(), [Shift(0.0, 0.0)] * len(rows), [0.0] * len(rows)
+    pull = pull_of(W, fit)
+    against = pull if judge is fit else pull_of(W, judge)
     for ridge in recipe.shift_ridges:
-        step = shift_step(W, fit, ridge)
-        slope = (2 * (W @ judge.H - judge.R) * step).sum(1, dtype=torch.float64)
-        bend = ((step @ judge.H) * step).sum(1, dtype=torch.float64)
+        step = shift_step(pull, fit.H, ridge)
+        slope = (against * step).sum(1, dtype=torch.float64) * -2
+        bend = (precise_product(step, judge.H) * step).sum(1, dtype=torch.float64)
         start = 0
         for i, count in enumerate(rows):
             now = slice(start, start + count)
@@ -94,14 +100,23 @@ def choose_target(
     return T, tuple(chosen)
 
 
-def shift_step(W: Tensor, goal: Goal, ridge: float) -> Tensor:
+def pull_of(W: Tensor, goal: Goal) -> Tensor:
+    """R - W H, (N, K) float32: what W leaves of the goal."""
+    return goal.R - precise_product(W, goal.H)
+
+
+def shift_step(pull: Tensor, H: Tensor, ridge: float) -> Tensor:
     """(R - W H)(H + ridge I)^-1, (N, K) float32: the full shift; ridge as a share of H's mean diagonal."""
-    damped = goal.H.double()
+    damped = H.double()
     damped.diagonal().add_(ridge * float(damped.diagonal().mean()) + 1e-30)
     L, info = torch.linalg.cholesky_ex(damped)
-    if int(info):
-        return torch.zeros_like(W)
-    return torch.cholesky_solve((goal.R - W @ goal.H).double().T, L).T.float().contiguous()
+    del damped  # a wide linear's float64 matrices decide how much memory a GPU needs
+    step = torch.zeros_like(pull)
+    if not int(info):
+        pieces = (torch.split(t, SHIFTED_ROWS) for t in (step, pull))
+        for now, rows in zip(*pieces, strict=True):
+            now.copy_(torch.cholesky_solve(rows.double().T, L).T)
+    return step
 
 
 def _attempts(T: Tensor, fit: Goal, judge: Goal, config: QuantConfig, recipe: Recipe) -> Iterator[Attempt]:
@@ -119,7 +134,7 @@ def _again(
     T = W.clone()
     for ridge in {s.ridge for s in shifts if s.strength}:
         strengths = [s.strength if s.ridge == ridge else 0.0 for s in shifts]
-        T += per_row(strengths, rows, W.device) * shift_step(W, goal, ridge)
+        T += per_row(strengths, rows, W.device) * shift_step(pull_of(W, goal), goal.H, ridge)
     config = replace(config, damp_percent=chosen.factor.damp_percent)
     return _round(T, chosen.order, goal, goal, config)
 
@@ -189,17 +204,17 @@ def descend(T: Tensor, H: Tensor, linear: IntLinear, max_code: int) -> IntLinear
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
     g = linear.g_idx.long()[order]
     scales, zeros = linear.scales.float(), linear.zeros.float()
-    Hp, E = H[order][:, order], (T - dequantize(linear))[:, order]
-    Tp, codes = T[:, order], torch.empty_like(linear.codes)
+    Hp, E = H[order][:, order], in_order(T - dequantize(linear), order)
+    Tp, codes = in_order(T, order), torch.empty_like(E, dtype=torch.uint8)
     block = machine_of(T.device).descend_block
     for i in range(0, T.shape[1], BLOCK):
         now = slice(i, min(i + BLOCK, T.shape[1]))
-        s, z = scales[:, g[now]], zeros[:, g[now]]
-        codes[:, order[now]], values = block(
-            Tp[:, now] - E[:, now], E @ Hp[:, now], Hp[now, now], s, z, max_code
+        s, z = in_order(scales, g[now]), in_order(zeros, g[now])
+        codes[:, now], values = block(
+            Tp[:, now] - E[:, now], fed_back(E, Hp[:, now]), Hp[now, now], s, z, max_code
         )
         E[:, now] = Tp[:, now] - values
-    return IntLinear(codes, linear.scales, linear.zeros, linear.g_idx)
+    return IntLinear(in_place(codes, order), linear.scales, linear.zeros, linear.g_idx)
 
 
 def _report(

@@ -23,9 +23,7 @@ class _Multiply(torch.autograd.Function):
     """y = x W^T with W = s[g] * round(latent), differentiable in x, s and, straight through, the latent codes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scales: Tensor, latent: Tensor, g: Tensor, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scales: Tensor, latent: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, scales, latent, g)
         ctx.dtype = dtype
         W = (scales[:, g] * _whole(latent)).to(dtype)

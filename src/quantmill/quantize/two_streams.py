@@ -9,7 +9,7 @@ streams' residuals, which they are asked to close. Knows nothing of quantisation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Pair:
 
 
 AtGroup = Callable[[LinearGroup, Moments, Moments | None], None]
+Keep = Callable[[int, Pair], None]
+Arrival = tuple[LinearGroup, Tensor, Tensor]  # the group, its inputs, the residual its output is added to
 Frame = Mapping[str, Any]
 
 
@@ -104,27 +106,97 @@ class PairedBlock:
         return self.taps[module].linear.weight.detach().float()
 
     def run(
-        self, pairs: Sequence[Pair], frames: Sequence[Frame], held: int, residual: bool, at_group: AtGroup
+        self,
+        pairs: Sequence[Pair],
+        frames: Sequence[Frame],
+        held: int,
+        residual: bool,
+        at_group: AtGroup,
+        *,
+        keep: Keep | None = None,
+        waiting: bool = True,
     ) -> list[Pair]:
-        """Outputs of all pairs; the last `held` of them fill the second moments instead of the first."""
+        """Outputs of all pairs, unless `keep(i, output)` takes them one by one.
+
+        The last `held` pairs fill the second moments instead of the first. Pairs that are not `waiting` start
+        again for every group, one at a time, as in `lanes.TappedBlock.run`.
+        """
         self.passed.clear()
-        lanes = [
-            (self._lane(frame, pair.quantised, False), self._lane(frame, pair.original, True))
-            for pair, frame in zip(pairs, frames, strict=True)
-        ]
-        answers = [
-            (q.switch(p.quantised), o.switch(p.original)) for (q, o), p in zip(lanes, pairs, strict=True)
-        ]
+        done: list[Pair] = []
+        keep = keep or (lambda _, pair: done.append(pair))
+        if waiting:
+            self._run_waiting(pairs, frames, held, residual, at_group, keep)
+        else:
+            self._run_again(pairs, frames, held, residual, at_group, keep)
+        return done
+
+    def _run_waiting(
+        self,
+        pairs: Sequence[Pair],
+        frames: Sequence[Frame],
+        held: int,
+        residual: bool,
+        at_group: AtGroup,
+        keep: Keep,
+    ) -> None:
+        lanes, answers, cut = [], [], len(pairs) - held
+        for pair, frame in zip(pairs, frames, strict=True):
+            q, o = self._lanes(pair, frame)
+            lanes.append((q, o))
+            answers.append((q.switch(pair.quantised), o.switch(pair.original)))
         for group in self.groups:
-            cut = len(answers) - held
             gaps = residual and group.name in RESIDUAL_WRITERS
             fit = collect(group, answers[:cut], gaps)
             judge = collect(group, answers[cut:], gaps) if held else None
             answers.clear()
             at_group(group, fit, judge)
             self.passed.add(group.name)
-            answers = [(q.switch(), o.switch()) for q, o in lanes]
-        return [Pair(q, o) for q, o in answers]
+            if group is not self.groups[-1]:
+                answers = [(q.switch(), o.switch()) for q, o in lanes]
+        while lanes:
+            q, o = lanes.pop(0)
+            keep(len(frames) - len(lanes) - 1, Pair(q.switch(), o.switch()))
+
+    def _run_again(
+        self,
+        pairs: Sequence[Pair],
+        frames: Sequence[Frame],
+        held: int,
+        residual: bool,
+        at_group: AtGroup,
+        keep: Keep,
+    ) -> None:
+        cut = len(pairs) - held
+        for group in self.groups:
+            gaps = residual and group.name in RESIDUAL_WRITERS
+            fit = collect(group, self._arrivals(pairs, frames, range(cut)), gaps)
+            rest = range(cut, len(pairs))
+            judge = collect(group, self._arrivals(pairs, frames, rest), gaps) if held else None
+            at_group(group, fit, judge)
+            self.passed.add(group.name)
+        self.forward(pairs, frames, keep)
+
+    def forward(self, pairs: Sequence[Pair], frames: Sequence[Frame], keep: Keep) -> None:
+        """Send all pairs through with the weights as they are, stopping nowhere."""
+        self.passed.update(group.name for group in self.groups)
+        for i, frame in enumerate(frames):
+            pair = pairs[i]
+            q, o = self._lanes(pair, frame)
+            keep(i, Pair(q.switch(pair.quantised), o.switch(pair.original)))
+
+    def _arrivals(
+        self, pairs: Sequence[Pair], frames: Sequence[Frame], which: range
+    ) -> Iterator[tuple[Arrival, Arrival]]:
+        """What these pairs bring to the next group, one at a time."""
+        for i in which:
+            pair = pairs[i]
+            q, o = self._lanes(pair, frames[i])
+            yield q.switch(pair.quantised), o.switch(pair.original)
+            q.throw()  # its frames, and what they hold, are given up
+            o.throw()
+
+    def _lanes(self, pair: Pair, frame: Frame) -> tuple[Lane, Lane]:
+        return self._lane(frame, pair.quantised, False), self._lane(frame, pair.original, True)
 
     def _lane(self, frame: Frame, hidden: Tensor, original: bool) -> Lane:
         def forward(h: Tensor) -> Tensor:
@@ -135,17 +207,15 @@ class PairedBlock:
         return Lane(forward, original, hidden)
 
 
-Arrival = tuple[LinearGroup, Tensor, Tensor]
-
-
-def collect(group: LinearGroup, answers: Sequence[tuple[Arrival, Arrival]], gaps: bool) -> Moments:
-    """The moments over all pairs' inputs."""
-    x = answers[0][0][1]
-    moments = Moments(x.shape[-1], x.device)
+def collect(group: LinearGroup, answers: Iterable[tuple[Arrival, Arrival]], gaps: bool) -> Moments:
+    """The moments over all pairs' inputs; there is at least one pair."""
+    moments: Moments | None = None
     for (arrived, mine, residual), (_, original, wanted) in answers:
         if arrived.name != group.name:
             raise RuntimeError(f"the block runs {arrived.name} where the table says {group.name}")
+        moments = moments or Moments(mine.shape[-1], mine.device)
         moments.add(mine, original, wanted - residual if gaps else None)
+    assert moments is not None, "a block needs tokens"
     return moments
 
 

@@ -84,6 +84,6 @@ class WorkFolder:
     def remove(self) -> None:
         """Called once the variant's folder is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        parent = self.folder.parent
-        if parent.exists() and not any(parent.iterdir()):
-            parent.rmdir()
+        for parent in (p for p in self.folder.parents if WORK in p.parts):
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
