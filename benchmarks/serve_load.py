@@ -18,13 +18,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +106,7 @@ def halves(count: int) -> tuple[slice, slice]:
 
 
 async def ask(port: int, body: bytes, cut: int | None = None) -> Told:
-    """One request over a connection of its own; with `cut`, hang up after so many tokens."""
+    """One request over a connection of its own; with `cut`, hang up after so many pieces."""
     told, began = Told(), time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     head = (
@@ -111,29 +114,40 @@ async def ask(port: int, body: bytes, cut: int | None = None) -> Told:
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     writer.write(head.encode() + body)
-    last, count = began, 0
+    came: list[tuple[float, bytes]] = []
+    count = 0
     try:
         told.status = int((await reader.readline()).split()[1])
-        while line := await reader.readline():
-            if not line.startswith(b"data: "):
-                continue
+        while some := await reader.read(1 << 16):
+            came.append((time.perf_counter(), some))
+            count += some.count(b"data: ")
+            if cut is not None and count >= cut:
+                break
+    finally:
+        writer.close()
+    _understand(told, came, began, cut)
+    return told
+
+
+def _understand(told: Told, came: list[tuple[float, bytes]], began: float, cut: int | None) -> None:
+    """Lines and times from what came, once all is there: a client should not be what is measured."""
+    last, count, left = began, 0, b""
+    for now, some in came:
+        *lines, left = (left + some).split(b"\n")
+        for line in lines:
             if line.startswith(b"data: [DONE]"):
                 told.done = True
-                break
-            now = time.perf_counter()
-            text = json.loads(line[6:])["choices"][0]["text"]
-            if text:
+            elif line.startswith(b"data: ") and (cut is None or count < cut):
+                text = json.loads(line[6:])["choices"][0]["text"]
+                count += 1
+                if not text:
+                    continue
                 told.text += text
                 if told.first is None:
                     told.first = now - began
                 else:
                     told.gaps.append(now - last)
-                last, count = now, count + 1
-            if cut is not None and count >= cut:
-                break
-    finally:
-        writer.close()
-    return told
+                last = now
 
 
 async def closed_loop(
@@ -150,6 +164,39 @@ async def closed_loop(
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     return told, time.perf_counter() - began
+
+
+class Crowd:
+    """Clients in several processes, so that one interpreter is not what is measured."""
+
+    def __init__(self, port: int, clients: int, processes: int) -> None:
+        self.port, self.clients, self.processes = port, clients, processes
+        self._pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
+        if self._pool is not None:
+            list(self._pool.map(time.sleep, [0.5] * processes))  # all of them started
+
+    def ask(self, bodies: list[bytes], cuts: dict[int, int]) -> tuple[list[Told], float]:
+        """Everything is asked, `clients` at a time -> answers, seconds."""
+        if self._pool is None:
+            return asyncio.run(closed_loop(self.port, bodies, self.clients, cuts))
+        step, began = self.processes, time.perf_counter()
+        shares = [
+            (
+                self.port,
+                bodies[i::step],
+                self.clients // step,
+                {n // step: c for n, c in cuts.items() if n % step == i},
+            )
+            for i in range(step)
+        ]
+        told = [Told()] * len(bodies)
+        for i, part in enumerate(self._pool.map(_share, shares)):
+            told[i::step] = part
+        return told, time.perf_counter() - began
+
+
+def _share(given: tuple[int, list[bytes], int, dict[int, int]]) -> list[Told]:
+    return asyncio.run(closed_loop(*given))[0]
 
 
 async def poisson(port: int, bodies: list[bytes], rate: float) -> list[Told]:
@@ -175,6 +222,7 @@ def start_server(folder: Path, args: argparse.Namespace) -> tuple[subprocess.Pop
     ]
     command += ["--max-concurrent", "4096", "--device", args.device]
     command += ["--threads", str(args.threads)] if args.threads else []
+    command += [f"--engine-{args.engine}"] if args.engine else []
     log = open(args.log, "w")  # noqa: SIM115  # the server's, until it ends
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     assert server.stdout is not None
@@ -187,7 +235,8 @@ def start_server(folder: Path, args: argparse.Namespace) -> tuple[subprocess.Pop
 def resident(pid: int) -> int:
     import psutil
 
-    return int(psutil.Process(pid).memory_info().rss)
+    process = psutil.Process(pid)
+    return int(sum(p.memory_info().rss for p in (process, *process.children(recursive=True))))
 
 
 def metric(port: int, name: str) -> float:
@@ -229,9 +278,10 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     bodies = [a.body("m") for a in todo]
     try:
         asyncio.run(closed_loop(port, bodies[:8], 8, {}))
+        crowd = Crowd(port, args.clients, args.processes)
         told, rates = [], []
         for part in halves(len(todo)):
-            some, seconds = asyncio.run(closed_loop(port, bodies[part], args.clients, {}))
+            some, seconds = crowd.ask(bodies[part], {})
             told += some
             rates.append(sum(a.tokens for a in todo[part]) / seconds)
         rate = max(rates)
@@ -246,9 +296,9 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             told = asyncio.run(poisson(port, [a.body("m") for a in fresh], pace))
             report["half"] = latencies(told)
             say(f"half      {len(fresh)} requests, {pace:.1f} a second: {_said(report['half'])}")
-        report["chaos"] = chaos(port, bodies, args, limit["texts"])
+        report["chaos"] = chaos(crowd, bodies, args, limit["texts"])
         if args.minutes:
-            report["memory"] = memory(server.pid, port, bodies, args)
+            report["memory"] = memory(server.pid, crowd, bodies, args)
     finally:
         server.terminate()
         code = server.wait(60)
@@ -256,16 +306,16 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     return report | {"exit_code": code}
 
 
-def chaos(port: int, bodies: list[bytes], args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
+def chaos(crowd: Crowd, bodies: list[bytes], args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     rng = random.Random(3)
     cuts = {i: rng.randrange(0, 20) for i in range(len(bodies)) if rng.random() < args.abort}
-    told, seconds = asyncio.run(closed_loop(port, bodies, args.clients, cuts))
+    told, seconds = crowd.ask(bodies, cuts)
     whole = [i for i in range(len(bodies)) if i not in cuts]
     equal = sum(told[i].text == texts[i] for i in whole)
     beginnings = sum(texts[i].startswith(told[i].text) for i in cuts)
     time.sleep(1)
-    stuck = metric(port, "quantmill_running_answers") + metric(port, "quantmill_waiting_requests")
-    held = metric(port, "quantmill_kv_pages_held")
+    stuck = metric(crowd.port, "quantmill_running_answers") + metric(crowd.port, "quantmill_waiting_requests")
+    held = metric(crowd.port, "quantmill_kv_pages_held")
     say(
         f"chaos     {len(cuts)} of {len(bodies)} cut off ({beginnings} right so far), "
         f"{equal} of {len(whole)} others equal, {stuck:.0f} stuck, {held:.0f} pages lost, {seconds:.1f} s"
@@ -274,12 +324,12 @@ def chaos(port: int, bodies: list[bytes], args: argparse.Namespace, texts: list[
     return found | {"stuck": stuck, "pages_lost": held}
 
 
-def memory(pid: int, port: int, bodies: list[bytes], args: argparse.Namespace) -> dict[str, Any]:
+def memory(pid: int, crowd: Crowd, bodies: list[bytes], args: argparse.Namespace) -> dict[str, Any]:
     """Resident memory over minutes of chaos; the first round is warm-up."""
     rng, began, sizes = random.Random(4), time.monotonic(), []
     while not sizes or time.monotonic() - began < 60 * args.minutes:
         cuts = {i: rng.randrange(0, 20) for i in range(len(bodies)) if rng.random() < args.abort}
-        asyncio.run(closed_loop(port, bodies, args.clients, cuts))
+        crowd.ask(bodies, cuts)
         sizes.append(resident(pid))
     growth = sizes[-1] / sizes[0] - 1
     say(
@@ -338,6 +388,10 @@ def main() -> None:
     parser.add_argument("--half", type=int, default=200, help="requests of the Poisson round; 0: none")
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", choices=("thread", "process"), help="where the server's engine runs")
+    parser.add_argument(
+        "--processes", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="of the clients"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--log", default="serve_load.log", help="the server's log")

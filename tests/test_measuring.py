@@ -77,6 +77,9 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         metrics = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1}
         return {"results": dict.fromkeys(tasks, metrics)}
 
+    def manager(include_path=()):
+        return SimpleNamespace(all_tasks=["arc_easy", "piqa", *("mine" for _ in include_path)])
+
     class HFLM:
         def __init__(self, *, pretrained, tokenizer):
             self.pretrained, self.tokenizer = pretrained, tokenizer
@@ -85,7 +88,7 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
         "lm_eval": {"simple_evaluate": simple_evaluate},
         "lm_eval.models": {},
         "lm_eval.models.huggingface": {"HFLM": HFLM},
-        "lm_eval.tasks": {"TaskManager": lambda: SimpleNamespace(all_tasks=["arc_easy", "piqa"])},
+        "lm_eval.tasks": {"TaskManager": manager},
     }
     for name, members in names.items():
         module = ModuleType(name)
@@ -108,3 +111,15 @@ def test_unknown_tasks_are_refused_before_a_model_is_loaded(harness: list[dict])
     with pytest.raises(BadRequest, match="no task nonsense"):
         run_tasks(["not-there"], "arc_easy,nonsense", "cpu", Console(False))
     assert not harness
+
+
+def test_a_task_can_be_a_file(harness: list[dict], folders: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    with pytest.raises(BadRequest, match="cannot be read"):
+        run_tasks(["not-there"], str(file), "cpu", Console(False))
+    file.write_text("group: all\n")
+    with pytest.raises(BadRequest, match="names no task"):
+        run_tasks(["not-there"], str(file), "cpu", Console(False))
+    file.write_text("task: mine\noutput_type: multiple_choice\n")
+    run_tasks([variant(folders, 8)], f"{file},piqa", "cpu", Console(False))
+    assert harness[0]["tasks"] == ["mine", "piqa"]

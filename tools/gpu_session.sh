@@ -6,7 +6,7 @@ export PYTHONPATH=src:tests TMPDIR="${TMPDIR:-/dev/shm}"
 timeout 200 python3 -m pytest tests/runtime/gpu tests/kernels/triton -q -p no:cacheprovider 2>&1 | tail -15
 timeout 120 python3 benchmarks/gpu_real_model.py "$1"
 timeout 60 python3 benchmarks/gpu_attention.py
-for way in "" --fused; do
+for way in "" --apart; do
   timeout 90 python3 benchmarks/gpu_decode.py --folder "$TMPDIR/mistral" $way
 done
 timeout 60 python3 benchmarks/gpu_decode.py --folder "$TMPDIR/mistral_act" --act-order --quick --batches --prompts

@@ -11,15 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
-from quantmill.errors import BadRequest
+from quantmill.errors import BadRequest, QuantmillError
 from quantmill.serve.bandwidth import measure, measured
 from quantmill.serve.logs import JsonLines
+from quantmill.serve.server import open_model
 from quantmill.serve.settings import ServeSettings
 from serve.conftest import Start
 from serve.raw import exchange, post_json
@@ -115,6 +118,15 @@ def test_the_bandwidth_is_measured_once() -> None:
     assert rate > 1e8
     measure("cpu exact", 1)
     assert measured("cpu exact") == rate
+
+
+def test_a_field_that_is_missing_or_misspelt_is_named(start: Start) -> None:
+    server = start(ServeSettings(), ("toy",))
+    status, told = post_json(server.port, "/v1/completions", {**ASK, "temprature": 0.5})
+    assert status == 400
+    assert told["error"]["message"] == "temprature is no field here: do you mean temperature?"
+    status, told = post_json(server.port, "/v1/completions", {"prompt": "x"})
+    assert (status, told["error"]["message"]) == (400, "model is missing: it has to be given")
 
 
 def test_keys_open_doors(start: Start) -> None:
@@ -227,6 +239,44 @@ def test_the_command_serves_and_ends_gracefully(tiny_llama: Path) -> None:
         assert process.wait(30) == 0
         lines = [json.loads(line) for line in process.stderr.read().splitlines() if line.startswith("{")]
         assert {"model loaded", "request", "model dropped"} <= {line["event"] for line in lines}
+
+
+def test_an_engine_that_cannot_run_beside_the_server_runs_inside(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def __init__(self, *_: object) -> None:
+            raise QuantmillError("no process today")
+
+    monkeypatch.setattr("quantmill.runtime.llm.EngineProcess", Broken)
+    with caplog.at_level(logging.WARNING, "quantmill.serve"):
+        _, llm = open_model(str(tiny_llama), ServeSettings(device="cpu", threads=1, engine_process=True))
+    with llm:
+        assert llm.runtime is not None
+        assert llm.generate("the cat")[0].text
+    assert [(r.message, r.__dict__["error"]) for r in caplog.records if r.levelno == logging.WARNING] == [
+        ("the engine runs inside the server", "no process today")
+    ]
+
+
+@pytest.mark.slow
+def test_a_model_in_a_process_of_its_own_comes_back_after_it_died(tiny_llama: Path) -> None:
+    words = (f"tiny={tiny_llama}", "--port", "0", "--device", "cpu", "--threads", "1", "--engine-process")
+    ask = {"model": "tiny", "prompt": "the cat", "max_tokens": 5, "seed": 1, "ignore_eos": True}
+    with command(*words) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rsplit(":", 1)[1])
+        _, before = post_json(port, "/v1/completions", ask)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
+        until = time.monotonic() + 60
+        while get(port, "/health")[1].find(b"degraded") < 0 and time.monotonic() < until:
+            time.sleep(0.05)
+        status, after = post_json(port, "/v1/completions", ask)
+        assert (status, after["choices"]) == (200, before["choices"])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from quantmill.runtime.constraints import Constraint, ConstraintCompiler
 from quantmill.runtime.tokenizer import TextTokenizer
+from quantmill.serve.params import closed, schema_constraint
 from quantmill.serve.refusal import Refusal
 from quantmill.serve.schemas import ChatRequest
 from quantmill.serve.tools import ToolSplitter, ToolUse, read_calls, tool_use, tools_as_text
@@ -102,3 +104,48 @@ def test_a_call_of_nothing_is_refused() -> None:
     request = ChatRequest(model="m", messages=[{"role": "user", "content": "x"}], tool_choice="required")
     with pytest.raises(Refusal, match="there are no tools"):
         tool_use(request, toy_tokenizer())
+
+
+def follows(constraint: Constraint, text: str) -> bool:
+    """Whether a constrained answer could be this text."""
+    tokenizer = toy_tokenizer()
+    compiler = ConstraintCompiler(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids)
+    matcher = compiler.compile(constraint)()
+    for token in tokenizer.encode(text, special=False):
+        if not matcher.mask()[token]:
+            return False
+        matcher.accept(token)
+    return True
+
+
+@pytest.mark.parametrize("names", [["f"], ["f", "g"]])
+def test_a_tool_whose_schema_refers_to_its_own_parts(names: list[str]) -> None:
+    place = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    schema = {"type": "object", "properties": {"at": {"$ref": "#/$defs/Place"}}, "required": ["at"]}
+    tools = [
+        {"type": "function", "function": {"name": n, "parameters": {**schema, "$defs": {"Place": place}}}}
+        for n in names
+    ]
+    said = [{"role": "user", "content": "x"}]
+    request = ChatRequest.model_validate(
+        {"model": "m", "messages": said, "tools": tools, "tool_choice": "required"}
+    )
+    use = tool_use(request, toy_tokenizer())
+    assert use is not None
+    assert use.constraint is not None
+    assert follows(use.constraint, '{"name": "f", "arguments": {"at": {"city": "Rome"}}}')
+    assert not follows(use.constraint, '{"name": "f", "arguments": {"at": {"town": "Rome"}}}')
+    assert not follows(use.constraint, '{"name": "f", "arguments": {"at": {"city": "Rome", "x": 1}}}')
+
+
+def test_objects_hold_what_they_list_unless_they_say_otherwise() -> None:
+    inner = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"a": inner, "b": {"type": "array", "items": inner}}}
+    assert follows(schema_constraint(schema), '{"a": {"x": 1}, "b": [{"x": 2}]}')
+    assert not follows(schema_constraint(schema), '{"a": {"x": 1, "y": 2}}')
+    assert not follows(schema_constraint(schema), '{"c": 1}')
+    assert follows(schema_constraint({**schema, "additionalProperties": True}), '{"c": 1}')
+    both = {"properties": {"a": {"type": "integer"}}, "allOf": [{"properties": {"b": {"type": "integer"}}}]}
+    assert closed(both) == both
+    either = {"anyOf": [inner, {"type": "null"}]}
+    assert closed(either)["anyOf"][0]["additionalProperties"] is False

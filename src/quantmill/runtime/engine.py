@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from typing import Any
 
@@ -31,9 +32,9 @@ from quantmill.runtime.engine_types import (
     Request,
     TokenEvent,
 )
-from quantmill.runtime.interface import PAGE, Piece, Runtime
+from quantmill.runtime.interface import PAGE, Piece, Runtime, RuntimeFacts
 from quantmill.runtime.pages import PagePool, pages_for
-from quantmill.runtime.sampling import Sampled, check_tokens, sample_rows, score
+from quantmill.runtime.sampling import Sampled, begin_rows, check_tokens, score
 
 CUT = 512  # tokens: enough for a matrix product at full speed
 BY_LENGTH = ("cuda", "reference")  # in the names of back ends whose bits depend on a piece's length
@@ -50,6 +51,9 @@ class Engine:
         if cut is None:
             cut = CUT if any(word in self.facts.name for word in BY_LENGTH) else 0
         self.scheduler = Scheduler(self.facts, self.pool, self.config.max_running, cut)
+        self.overlaps = self.facts.name.startswith(
+            "cuda"
+        )  # a pass goes on while this thread does other things
         self._requests: dict[str, list[Sequence]] = {}
         self._order = 0
         self._seconds_per_token = 0.0  # of prompt chunks, a moving average
@@ -64,21 +68,12 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Requests of which no answer has begun."""
-        return sum(not any(s.begun for s in line) for line in self._requests.values())
+        names = {s.request.id for s in self.scheduler.in_line() if not s.begun}
+        return sum(not any(s.begun for s in self._requests[name]) for name in names)
 
     def check(self, request: Request) -> None:
         """Raises BadRequest for a request that can never be served. Safe from any thread."""
-        facts, size = self.facts, len(request.prompt)
-        if not size:
-            raise BadRequest("the prompt is empty: give at least one token")
-        if min(request.prompt) < 0 or max(request.prompt) >= facts.vocab_size:
-            raise BadRequest(f"the prompt has a token outside the vocabulary of {facts.vocab_size}")
-        room = facts.context if facts.window is not None else min(facts.context, facts.pages * PAGE)
-        if size + (not request.embed) > room:
-            raise BadRequest(
-                f"the prompt has {size} tokens, the context has room for {room}: shorten the prompt"
-            )
-        check_tokens(request.params, facts.vocab_size)
+        check_request(request, self.facts)
 
     def add(self, request: Request) -> None:
         """Take a request into the line. Raises BadRequest, and Busy where the line is full."""
@@ -120,14 +115,18 @@ class Engine:
             self._end(sequence, reason, events, message=message)
         return events
 
-    def step(self) -> list[Event]:
-        """One pass -> what came of it, in the order of the sequences' coming."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Event]:
+        """One pass -> what came of it, in the order of the sequences' coming.
+
+        meanwhile: called when the pass is under way and nothing is left to do but to wait for its tokens; not
+        where no token is drawn.
+        """
         began = time.perf_counter()
         chunks = self.scheduler.plan(self._prompt_budget())
         prompt = sum(c.count for c in chunks if c.count > 1 or not c.sequence.answer_tokens)
         events: list[Event] = []
         if answering := [c for c in chunks if not c.sequence.request.embed]:
-            self._answer(answering, events)
+            self._answer(answering, events, meanwhile)
         if embedding := [c for c in chunks if c.sequence.request.embed]:
             self._embed(embedding, events)
         if chunks:
@@ -155,7 +154,7 @@ class Engine:
         tokens = self.config.pass_seconds / self._seconds_per_token
         return self.facts.max_tokens if math.isinf(tokens) else max(PAGE // 4, int(tokens))
 
-    def _answer(self, chunks: list[Chunk], events: list[Event]) -> None:
+    def _answer(self, chunks: list[Chunk], events: list[Event], meanwhile: Callable[[], None]) -> None:
         pieces = [_piece(c) for c in chunks]
         logits = self.runtime.forward(pieces)
         done: list[tuple[Sequence, int]] = []  # sequences whose next token can be drawn, and their rows
@@ -169,14 +168,22 @@ class Engine:
             if chunk.sequence.left == 0:
                 done.append((chunk.sequence, row - 1))
         if done:
-            self._draw(logits, done, events)
+            self._draw(logits, done, events, meanwhile)
 
-    def _draw(self, logits: Any, done: list[tuple[Sequence, int]], events: list[Event]) -> None:
+    def _draw(
+        self,
+        logits: Any,
+        done: list[tuple[Sequence, int]],
+        events: list[Event],
+        meanwhile: Callable[[], None],
+    ) -> None:
         rows = [row for _, row in done]
         try:
             masks = [s.matcher.mask() if s.matcher is not None else None for s, _ in done]
             wanted = logits if len(rows) == len(logits) else logits[rows]
-            drawn = sample_rows(wanted, [s.state for s, _ in done], masks)
+            drawing = begin_rows(wanted, [s.state for s, _ in done], masks)
+            meanwhile()
+            drawn = drawing()
         except QuantmillError as error:  # a model that gives no numbers: nothing in this pass can be trusted
             for sequence, _ in done:
                 self._end(sequence, Reason.ERROR, events, message=str(error))
@@ -254,6 +261,19 @@ class Engine:
             pace = seconds / sum(c.count for c in chunks)
             before = self._seconds_per_token
             self._seconds_per_token = pace if not before else 0.7 * before + 0.3 * pace
+
+
+def check_request(request: Request, facts: RuntimeFacts) -> None:
+    """Raises BadRequest for a request that this model can never serve."""
+    size = len(request.prompt)
+    if not size:
+        raise BadRequest("the prompt is empty: give at least one token")
+    if min(request.prompt) < 0 or max(request.prompt) >= facts.vocab_size:
+        raise BadRequest(f"the prompt has a token outside the vocabulary of {facts.vocab_size}")
+    room = facts.context if facts.window is not None else min(facts.context, facts.pages * PAGE)
+    if size + (not request.embed) > room:
+        raise BadRequest(f"the prompt has {size} tokens, the context has room for {room}: shorten the prompt")
+    check_tokens(request.params, facts.vocab_size)
 
 
 def _piece(chunk: Chunk) -> Piece:

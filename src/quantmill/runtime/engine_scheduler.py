@@ -53,6 +53,10 @@ class Scheduler:
         for line in self.lines.values():
             yield from line
 
+    def in_line(self) -> Iterator[Sequence]:
+        for line in self.lines.values():
+            yield from line
+
     def add(self, sequence: Sequence) -> None:
         client = sequence.request.client
         if client not in self.served:  # a newcomer has no claim on the time before it came
@@ -78,9 +82,9 @@ class Scheduler:
         room = self.facts.max_tokens - len(chunks)
         budget = min(room, max(prompt_budget, self.cut)) if chunks else room
         self._admit(budget)
-        planned = {chunk.sequence.order for chunk in chunks}
-        prompts = [s for s in self.running if s.order not in planned]
-        chunks += self._share(prompts, budget) if prompts else []
+        if len(chunks) < len(self.running):
+            planned = {chunk.sequence.order for chunk in chunks}
+            chunks += self._share([s for s in self.running if s.order not in planned], budget)
         for chunk in chunks:
             self.served[chunk.sequence.request.client] += chunk.count
         return chunks
@@ -93,18 +97,21 @@ class Scheduler:
         chunks: list[Chunk] = []
         prompt_seen = False
         for sequence in list(self.running):
-            if sequence.left > 1 and prompt_seen:
+            at_prompt = sequence.left > 1
+            if at_prompt and prompt_seen:
                 continue
-            prompt_seen = prompt_seen or sequence.left > 1
-            if sequence in self.running and self._make_room(sequence):
+            prompt_seen = prompt_seen or at_prompt
+            if not sequence.has_room:  # as one that was put aside in this loop has none
+                if sequence not in self.running or not self._make_room(sequence):
+                    continue
                 sequence.grow(1, self.pool)
-                if sequence.left == 1:
-                    chunks.append(Chunk(sequence, 1))
+            if not at_prompt:
+                chunks.append(Chunk(sequence, 1))
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:
         """One page, if the next token begins one. Puts the latest aside until there is one: maybe itself."""
-        while len(sequence.pages) < pages_for(sequence.computed + 1) and not self.pool.available:
+        while not sequence.has_room and not self.pool.available:
             latest = self.running[-1]
             self._put_aside(latest)
             if latest is sequence:
@@ -119,6 +126,8 @@ class Scheduler:
 
     def _admit(self, budget: int) -> None:
         """Begin waiting sequences while there are places, pages for their whole prompts, and tokens to share."""
+        if not any(self.lines.values()):
+            return
         lefts = [s.left for s in self.running if s.left > 1]
         pledged = sum(map(pages_for, lefts))
         open_tokens = budget - min(sum(lefts[:1]), budget // 2) - sum(lefts[1:])  # as `_share` will

@@ -45,6 +45,11 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def has_room(self) -> bool:
+        """There is a page for the next token."""
+        return len(self.pages) * PAGE > self.computed
+
+    @property
     def scoring(self) -> bool:
         """The prompt's own log probabilities are still wanted: nothing of it can be taken over."""
         return self.request.score_prompt is not None and self.scored < self.prompt_tokens

@@ -1,6 +1,7 @@
 """The engine in a thread of its own: requests from any thread, events to one listener.
 
-The listener is called in the engine's thread, once after every pass: it must only hand the events on.
+The listener is called in the engine's thread, once for every pass: it must only hand the events on. Where passes
+are a GPU's, that is while the next one is under way, so that telling costs no time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class EngineThread:
         self._stats = engine.stats()
         self._idle = True
         self._open, self._going = True, True
+        self._held: list[Event] = []  # not told yet
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -36,6 +38,15 @@ class EngineThread:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and self.failure is None
+
+    @property
+    def max_waiting(self) -> int:
+        return self.engine.config.max_waiting
+
+    @property
+    def ahead(self) -> int:
+        """Requests of which no answer has begun."""
+        return self._waiting + len(self._inbox)
 
     def stats(self) -> EngineStats:
         """As of the last pass."""
@@ -50,10 +61,9 @@ class EngineThread:
                 raise QuantmillError(f"the engine has stopped: {self.failure}; start again")
             if not self._open:
                 raise Busy("the engine is shutting down", retry_after=10)
-            ahead = self._waiting + len(self._inbox)
-            if ahead >= self.engine.config.max_waiting:
+            if self.ahead >= self.max_waiting:
                 raise Busy(
-                    f"{ahead} requests are waiting already: come back later", self.engine.wait_estimate()
+                    f"{self.ahead} requests are waiting already: come back later", self.engine.wait_estimate()
                 )
             self._inbox.append(request)
             self._idle = False
@@ -81,15 +91,32 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._going:
-                events = self._take_in()
-                if self.engine.has_work:
-                    events += self.engine.step()
-                self._publish(events)
+                self._held += self._take_in()
+                self._pass()
             self._stop("the engine was closed", Reason.ABORT)
         except Exception as error:  # whatever a back end throws: nobody may wait for ever
             self.failure = f"{type(error).__name__}: {error}"
             logging.getLogger(__name__).exception("the engine stopped")
             self._stop(self.failure, Reason.ERROR)
+
+    def _pass(self) -> None:
+        if self.engine.overlaps and self.engine.has_work:
+            events = self.engine.step(self._tell)
+            if self._held:  # no token was drawn in this pass
+                self._tell()
+            self._held = events
+            late = bool(self.engine.has_work)
+        else:
+            self._held += self.engine.step() if self.engine.has_work else []
+            late = False
+        if not late:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._stats = self.engine.stats()
+        self._waiting = self._stats.waiting
+        held, self._held = self._held, []
+        self._deliver(held)
 
     def _take_in(self) -> list[Event]:
         """What came since the last pass; waits where there is nothing to do."""
@@ -111,11 +138,6 @@ class EngineThread:
     def _wanted(self) -> bool:
         return bool(self.engine.has_work or self._inbox or self._endings or not self._going)
 
-    def _publish(self, events: list[Event]) -> None:
-        self._stats = self.engine.stats()
-        if events:
-            self._deliver(events)
-
     def _stop(self, message: str, reason: Reason) -> None:
         with self._changed:
             self._open = False
@@ -124,4 +146,5 @@ class EngineThread:
             self._inbox.clear()
             self._idle = True
             self._changed.notify_all()
-        self._publish(self.engine.finish_all(reason, message))
+        self._held += self.engine.finish_all(reason, message)
+        self._tell()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from quantmill.runtime.constraints import Constraint
 from quantmill.runtime.interface import Floats
 from quantmill.runtime.pages import PageCounts
 from quantmill.runtime.sampling import Mask, Sampled
@@ -58,6 +59,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     client: str = ""  # the engine is fair between these
     matcher: Callable[[], Matcher] | None = None  # makes one for each answer
+    constraint: Constraint | None = None  # what the matcher stands for: it can go to another process
     score_prompt: int | None = None  # report the prompt's log probabilities with so many alternatives
     embed: bool = False  # no answer: the mean of the last hidden states
 

@@ -150,7 +150,8 @@ class Reply:
         return all(line.ending is not None for line in self._lines)
 
     def feed(self, events: Iterable[Event]) -> list[Delta]:
-        """Raises QuantmillError where the engine could not go on."""
+        """What is new, tokens of one answer that came at once in one piece. Raises QuantmillError where the engine
+        could not go on."""
         deltas: list[Delta] = []
         for event in events:
             if isinstance(event, PromptEvent):
@@ -183,7 +184,11 @@ class Reply:
         line.tokens.append(event.sampled)
         text = line.stop.push(line.detokenizer.push(event.sampled.token))
         line.text.append(text)
-        deltas.append(Delta(event.choice, text, (event.sampled,)))
+        tokens: tuple[Sampled, ...] = (event.sampled,)
+        if deltas and deltas[-1].choice == event.choice and deltas[-1].ending is None:
+            before = deltas.pop()  # who reads slowly gets larger pieces, and the server less to send
+            text, tokens = before.text + text, before.tokens + tokens
+        deltas.append(Delta(event.choice, text, tokens))
         if line.stop.over():
             self._stop_choice(event.choice)
 

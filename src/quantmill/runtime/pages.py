@@ -107,7 +107,7 @@ class PagePool:
 
     def passed(self, pages: list[int], position: int) -> list[int]:
         """Let the pages go that no token from `position` on can see -> the list with GONE in their places."""
-        if self._window is None:
+        if self._window is None or position < self._window:
             return pages
         last = min((position - self._window + 1) // PAGE, len(pages))
         gone = [p for p in pages[: max(0, last)] if p != GONE]

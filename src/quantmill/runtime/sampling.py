@@ -23,6 +23,7 @@ from quantmill.types import SamplingParams
 
 Row = NDArray[np.float32]  # (vocab,) logits
 Mask = NDArray[np.bool_]  # (vocab,), True where a token is allowed
+Drawing = Callable[[], "list[Sampled]"]  # a draw under way: waits for it
 
 BLOCK, COLUMNS = 64, 1024  # how rows as wide as a vocabulary are cut where that saves looking at all of it
 NUCLEUS = 256  # tokens that a top_p is first looked for among
@@ -47,8 +48,8 @@ class SamplerState:
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = (), choice: int = 0) -> None:
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
-        self.choice = choice
         self.step = 0  # tokens drawn
+        self._stream = _mix(_mix(self.seed & _M64) ^ choice)  # the same for all steps
         self.wants_logprob = params.logprobs is not None or (params.best_of or params.n) > params.n
         self.greedy = params.temperature == 0
         self.bias_ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
@@ -76,8 +77,7 @@ class SamplerState:
 
     def uniform(self) -> float:
         """The random number in [0, 1) of the next token."""
-        mixed = _mix(_mix(_mix(self.seed & _M64) ^ self.choice) ^ self.step)
-        return (mixed >> 11) * 2.0**-53
+        return (_mix(self._stream ^ self.step) >> 11) * 2.0**-53
 
     def accept(self, token: int) -> None:
         """Note that `token` is the next of the answer."""
@@ -119,13 +119,20 @@ def sample_rows(
     logits: Any, states: Sequence[SamplerState], masks: Sequence[Mask | None] | None = None
 ) -> list[Sampled]:
     """`sample` for every row of (rows, vocab) logits: numpy here, torch tensors in sampling_torch.py."""
-    if isinstance(logits, np.ndarray):
-        return sample_on_processor(logits, states, masks)
-    from quantmill.runtime import sampling_torch
+    return begin_rows(logits, states, masks)()
 
-    if sampling_torch.trusted(logits.device):
-        return sampling_torch.sample_rows(logits, states, masks)
-    return sample_on_processor(logits.float().cpu().numpy(), states, masks)
+
+def begin_rows(
+    logits: Any, states: Sequence[SamplerState], masks: Sequence[Mask | None] | None = None
+) -> Drawing:
+    """`sample_rows` in two halves: what is returned gives the tokens when it is called. A GPU draws meanwhile."""
+    if not isinstance(logits, np.ndarray):
+        from quantmill.runtime import sampling_torch
+
+        if sampling_torch.trusted(logits.device):
+            return sampling_torch.begin_rows(logits, states, masks)
+        logits = logits.float().cpu().numpy()
+    return lambda: sample_on_processor(logits, states, masks)
 
 
 def sample_on_processor(

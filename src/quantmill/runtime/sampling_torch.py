@@ -1,21 +1,30 @@
 """sampling.py for many rows at once on a GPU (any torch device): one trip back to the processor per step.
 
 Same parameters, same order of work, same random numbers. Sums and cumulated sums are float64, so that the shape
-of a batch cannot decide a draw.
+of a batch cannot decide a draw. Nothing waits for the GPU before the tokens are wanted: what it needs comes by
+copies from pinned memory, in line with its work.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quantmill.runtime.sampling import Mask, Sampled, SamplerState, no_finite_logit, sample_on_processor
+from quantmill.runtime.sampling import (
+    Drawing,
+    Mask,
+    Sampled,
+    SamplerState,
+    no_finite_logit,
+    sample_on_processor,
+)
 from quantmill.types import SamplingParams
 
 _SPARE = 64  # values taken beyond the k-th: ties with it, which float16 heads have
@@ -30,19 +39,27 @@ def sample_rows(
 
     logits: (rows, vocab) float32, left as it is. Raises QuantmillError where a row has no finite logit.
     """
+    return begin_rows(logits, states, masks)()
+
+
+def begin_rows(
+    logits: Tensor, states: Sequence[SamplerState], masks: Sequence[Mask | None] | None = None
+) -> Drawing:
+    """`sample_rows` up to where it would wait for the device. What is returned waits, and gives the tokens."""
     if len(logits) != len(states):
         raise ValueError(f"{len(logits)} rows of logits for {len(states)} answers")
+    states = list(states)
     row = _masked(_penalised(logits.float(), states), masks)
     best, token = row.max(dim=-1)
     warm = [i for i, s in enumerate(states) if not s.greedy]
     if warm:
         some = _pick(row, warm)
         drawn = _draw([states[i] for i in warm], some, _pick(best, warm))
-        token = token.index_copy(0, _index(warm, row), drawn)
+        token = drawn if len(warm) == len(states) else token.index_copy(0, _index(warm, row), drawn)
     spoken = [i for i, s in enumerate(states) if s.wants_logprob]
     report = _report(_pick(logits, spoken), _pick(token, spoken), [states[i] for i in spoken])
-    finite = torch.isfinite(best).long()
-    return _taken(torch.stack([token, finite]).tolist(), states, dict(zip(spoken, report, strict=True)))
+    found = _fetch(torch.stack([token, torch.isfinite(best).long()]))
+    return lambda: _taken(found().tolist(), states, dict(zip(spoken, report(), strict=True)))
 
 
 @cache
@@ -71,6 +88,22 @@ def trusted(device: torch.device) -> bool:
     return True
 
 
+def _fetch(there: Tensor) -> Callable[[], Tensor]:
+    """A device's tensor on its way to the host; calling what is returned waits for it."""
+    if there.device.type != "cuda":
+        return lambda: there.cpu()
+    here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+    here.copy_(there, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return here
+
+    return wait
+
+
 def _taken(
     found: list[list[int]], states: Sequence[SamplerState], report: dict[int, Sampled]
 ) -> list[Sampled]:
@@ -83,16 +116,12 @@ def _taken(
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=like.device)
+    return _to(np.array(rows, np.int64), like)
 
 
 def _pick(rows: Tensor, wanted: list[int]) -> Tensor:
     """These rows; no copy where they are all."""
     return rows if len(wanted) == len(rows) else rows.index_select(0, _index(wanted, rows))
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
 def _penalised(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
@@ -107,9 +136,11 @@ def _penalised(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
         ids = np.concatenate([ids for _, _, ids, _ in seen])
         factor = np.concatenate([np.full(len(x), p.repetition_penalty, np.float32) for _, p, x, _ in seen])
         less = np.concatenate([_lessening(p, counts) for _, p, _, counts in seen])
-        at = (_to(rows, logits), _to(ids, logits))
-        values, by = logits[at], _to(factor, logits)
-        logits[at] = torch.where(values > 0, values / by, values * by) - _to(less, logits)
+        places = _to(np.stack([rows, ids]), logits)
+        by, lower = _to(np.stack([factor, less]), logits).unbind(0)
+        at = (places[0], places[1])
+        values = logits[at]
+        logits[at] = torch.where(values > 0, values / by, values * by) - lower
     rows = np.concatenate([np.full(len(s.bias_ids), i) for i, s in busy])
     if len(rows):
         ids, bias = (np.concatenate([getattr(s, name) for _, s in busy]) for name in ("bias_ids", "bias"))
@@ -123,7 +154,9 @@ def _lessening(params: SamplingParams, counts: np.ndarray) -> np.ndarray:
 
 
 def _to(array: np.ndarray, like: Tensor) -> Tensor:
-    return torch.from_numpy(array).to(like.device, non_blocking=True)
+    """A copy on the tensor's device. From pinned memory: no other kind of copy lets the host go on at once."""
+    here = torch.from_numpy(array)
+    return here.pin_memory().to(like.device, non_blocking=True) if like.device.type == "cuda" else here
 
 
 def _masked(logits: Tensor, masks: Sequence[Mask | None] | None) -> Tensor:
@@ -137,71 +170,100 @@ def _masked(logits: Tensor, masks: Sequence[Mask | None] | None) -> Tensor:
 
 def _draw(states: list[SamplerState], row: Tensor, best: Tensor) -> Tensor:
     """Temperature above 0: scale, filter, walk the cumulated weights -> (rows,) tokens."""
-    params = [s.params for s in states]
-    z = (row - best[:, None]) * _column([1 / max(p.temperature, 1e-6) for p in params], row)
-    z = _typical(_min_p(_top_k_p(z, params), params), params)
+    numbers = _Numbers.of(states, row)
+    z = (row - best[:, None]) * numbers.sharpness.float()
+    z = _typical(_min_p(_top_k_p(z, numbers), numbers), numbers)
     cumulated = z.exp().cumsum(dim=-1, dtype=torch.float64)
     total = cumulated[:, -1:]
-    uniform = torch.tensor([s.uniform() for s in states], dtype=torch.float64, device=row.device)[:, None]
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(numbers.uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_(max=row.shape[1] - 1)
 
 
-def _top_k_p(z: Tensor, params: list[SamplingParams]) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """The rows' parameters on the device, each (rows, 1) float64. One copy brings them all."""
+
+    params: list[SamplingParams]
+    sharpness: Tensor  # 1 / temperature
+    top_k: Tensor  # the vocabulary: off
+    top_p: Tensor
+    min_p: Tensor  # its logarithm; minus infinity: off
+    typical_p: Tensor
+    uniform: Tensor  # the random numbers of this draw
+
+    @classmethod
+    def of(cls, states: list[SamplerState], row: Tensor) -> _Numbers:
+        vocab = row.shape[1]
+        table = np.array([(*_row_of(s.params, vocab), s.uniform()) for s in states])
+        return cls([s.params for s in states], *_to(np.ascontiguousarray(table.T), row)[:, :, None].unbind(0))
+
+
+def _row_of(params: SamplingParams, vocab: int) -> tuple[float, ...]:
+    """The columns of `_Numbers` but the last."""
+    top_k = params.top_k if 0 < params.top_k < vocab else vocab
+    least = math.log(params.min_p) if params.min_p > 0 else _NONE
+    return 1 / max(params.temperature, 1e-6), top_k, params.top_p, least, params.typical_p
+
+
+def _top_k_p(z: Tensor, numbers: _Numbers) -> Tensor:
     """top_k, then top_p. One sorted list of the highest values serves both: short where every row has a top_k."""
-    vocab = z.shape[1]
+    vocab, params = z.shape[1], numbers.params
     ks = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
     nucleus = any(p.top_p < 1 for p in params)
     if not nucleus and min(ks) == vocab:
         return z
     depth = max((k for k, p in zip(ks, params, strict=True) if k < vocab or p.top_p < 1), default=1)
     high = torch.topk(z, min(vocab, depth + _SPARE), dim=-1).values
-    kth = high.gather(1, torch.tensor([[min(k, high.shape[1]) - 1] for k in ks], device=z.device))
-    kth = torch.where(torch.tensor([[k < vocab] for k in ks], device=z.device), kth, _NONE)
+    kth = high.gather(1, numbers.top_k.long().clamp(max=high.shape[1]) - 1)
+    kth = torch.where(numbers.top_k < vocab, kth, _NONE)
     z = z.masked_fill(z < kth, _NONE)
     if not nucleus:
         return z
     reached = high.masked_fill(high < kth, _NONE).exp().cumsum(dim=-1, dtype=torch.float64)
     total = z.exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
-    share = _column([p.top_p for p in params], z).double() * total
-    cut = torch.searchsorted(reached, share).clamp_(max=high.shape[1] - 1)
-    lowest = torch.where(_column([p.top_p for p in params], z) < 1, high.gather(1, cut), _NONE)
+    cut = torch.searchsorted(reached, numbers.top_p * total).clamp_(max=high.shape[1] - 1)
+    lowest = torch.where(numbers.top_p < 1, high.gather(1, cut), _NONE)
     return z.masked_fill(z < lowest, _NONE)
 
 
-def _min_p(z: Tensor, params: list[SamplingParams]) -> Tensor:
-    if all(p.min_p == 0 for p in params):
+def _min_p(z: Tensor, numbers: _Numbers) -> Tensor:
+    if all(p.min_p == 0 for p in numbers.params):
         return z
-    return z.masked_fill(z < _column([p.min_p for p in params], z).log(), _NONE)
+    return z.masked_fill(z < numbers.min_p.float(), _NONE)
 
 
-def _typical(z: Tensor, params: list[SamplingParams]) -> Tensor:
+def _typical(z: Tensor, numbers: _Numbers) -> Tensor:
     """The tokens whose surprise is nearest to the entropy."""
-    if all(p.typical_p >= 1 for p in params):
+    if all(p.typical_p >= 1 for p in numbers.params):
         return z
     surprise = -z.log_softmax(dim=-1)
     p = surprise.neg().exp()
     entropy = torch.where(p > 0, p * surprise, 0).sum(dim=-1, keepdim=True)
     distance = (surprise - entropy).abs()
     ordered, order = distance.sort(dim=-1, stable=True)
-    mass = _column([q.typical_p for q in params], z).double()
+    mass = numbers.typical_p
     cut = torch.searchsorted(p.gather(1, order).cumsum(dim=-1, dtype=torch.float64), mass)
     farthest = ordered.gather(1, cut.clamp_(max=z.shape[1] - 1))
     out = (distance > farthest) & (mass < 1)
     return z.masked_fill(out, _NONE)
 
 
-def _report(logits: Tensor, token: Tensor, states: list[SamplerState]) -> list[Sampled]:
+def _report(logits: Tensor, token: Tensor, states: list[SamplerState]) -> Callable[[], list[Sampled]]:
     """Log probabilities of the drawn tokens and of the likeliest ones."""
     if not states:
-        return []
+        return list
     norm = logits.float().logsumexp(dim=-1)
-    said = (logits.float().gather(1, token[:, None])[:, 0] - norm).tolist()
+    said = logits.float().gather(1, token[:, None])[:, 0] - norm
     most = max(1, max(s.params.logprobs or 0 for s in states))
     values, ids = torch.topk(logits.float(), most, dim=-1)
-    tops = zip((values - norm[:, None]).tolist(), ids.tolist(), strict=True)
-    out = []
-    for state, drawn, logprob, (high, which) in zip(states, token.tolist(), said, tops, strict=True):
-        count = state.params.logprobs or 0
-        out.append(Sampled(drawn, logprob, tuple(zip(which[:count], high[:count], strict=True))))
-    return out
+    parts = [_fetch(x) for x in (token, said, values - norm[:, None], ids)]
+
+    def told() -> list[Sampled]:
+        out = []
+        lists = [part().tolist() for part in parts]
+        for state, drawn, logprob, high, which in zip(states, *lists, strict=True):
+            count = state.params.logprobs or 0
+            out.append(Sampled(drawn, logprob, tuple(zip(which[:count], high[:count], strict=True))))
+        return out
+
+    return told

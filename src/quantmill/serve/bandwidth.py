@@ -6,7 +6,9 @@ Not while a model works: the measurement uses the same threads, or the same GPU.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
+Measure = Callable[[], float]
 log = logging.getLogger("quantmill.serve")
 _rates: dict[bool, float] = {}  # by whether it is a GPU's
 
@@ -16,13 +18,18 @@ def on_gpu(runtime: str) -> bool:
     return runtime.startswith("cuda")
 
 
-def measure(runtime: str, threads: int | None = None) -> None:
-    """Read a block that no cache holds. Blocking: a fraction of a second on an idle machine."""
+def measure(
+    runtime: str, threads: int | None = None, beside: Callable[[Measure], float] = lambda read: read()
+) -> None:
+    """Read a block that no cache holds. Blocking: a fraction of a second on an idle machine.
+
+    beside: runs a function where the model is, so that no other process opens its GPU.
+    """
     gpu = on_gpu(runtime)
     if gpu in _rates:
         return
     try:
-        _rates[gpu] = _gpu() if gpu else _cpu(threads)
+        _rates[gpu] = beside(_gpu) if gpu else _cpu(threads)
     except (RuntimeError, MemoryError) as error:  # no room for the block, say: a figure less in /metrics
         log.warning("the memory bandwidth could not be measured", extra={"error": str(error)})
 

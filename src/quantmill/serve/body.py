@@ -6,6 +6,7 @@ Strange JSON (too deep, not UTF-8, NaN, half surrogates, numbers of a thousand d
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -46,9 +47,18 @@ def validate(data: Any, kind: type[Model]) -> Model:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:200]
-        raise invalid(
-            f"{where}: {first['msg']}"[:400] if where else first["msg"][:400], where or None
-        ) from None
+        raise invalid(_said(where, first["type"], first["msg"], kind)[:400], where or None) from None
+
+
+def _said(where: str, kind_of_error: str, message: str, kind: type[BaseModel]) -> str:
+    if not where:
+        return message
+    if kind_of_error == "missing":
+        return f"{where} is missing: it has to be given"
+    if kind_of_error == "extra_forbidden":
+        near = get_close_matches(where, kind.model_fields, n=1)
+        return f"{where} is no field here: " + (f"do you mean {near[0]}?" if near else "leave it out")
+    return f"{where}: {message}"
 
 
 async def _read(request: Request, limit: int) -> bytes:

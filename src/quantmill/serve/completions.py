@@ -119,38 +119,49 @@ async def _events(exchange: Exchange, asked: CompletionRequest) -> AsyncGenerato
     """Several prompts take turns as their tokens come."""
     async with exchange.open() as llm:
         jobs = _jobs(exchange, asked, llm)
-        head = _head(exchange, asked)
-        queue: asyncio.Queue[tuple[int, list[Delta]] | BaseException] = asyncio.Queue()
-        tasks = [asyncio.create_task(_follow(i, llm, job, queue)) for i, job in enumerate(jobs)]
+        head = _opening(exchange, asked)
         try:
             if asked.echo:
                 for i, job in enumerate(jobs):
                     text = llm.tokenizer.decode(llm.ids(job.prompt))
                     yield b"".join(_chunk(head, i * job.params.n + c, text) for c in range(job.params.n))
-            left = sum(job.params.n for job in jobs)
-            while left:
-                got = await queue.get()
-                if isinstance(got, BaseException):
-                    raise got
-                number, deltas = got
-                exchange.saw(deltas)
-                left -= sum(d.ending is not None for d in deltas)
-                if chunk := _chunks(head, asked, llm, number, deltas):
-                    yield chunk
+            async with contextlib.aclosing(_in_turns(llm, jobs)) as news:
+                async for number, deltas in news:
+                    exchange.saw(deltas)
+                    if chunk := _chunks(head, asked, llm, number, deltas):
+                        yield chunk
         except QuantmillError as error:
             if exchange.completion_tokens == 0 and exchange._first is None:
                 raise
             exchange.error = str(error)
             yield f"data: {json.dumps(of(error).to_json())}\n\n".encode()
             return
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
         if asked.stream_options is not None and asked.stream_options.include_usage:
-            last = head | {"choices": [], "usage": exchange.usage()}
+            last = _head(exchange, asked) | {"choices": [], "usage": exchange.usage()}
             yield f"data: {json.dumps(last)}\n\n".encode()
         yield DONE
+
+
+async def _in_turns(llm: LLM, jobs: list[Job]) -> AsyncGenerator[tuple[int, list[Delta]], None]:
+    """What is new in any of the answers, by the number of its prompt."""
+    if len(jobs) == 1:
+        async for deltas in llm.astream(jobs[0]):
+            yield 0, deltas
+        return
+    queue: asyncio.Queue[tuple[int, list[Delta]] | BaseException] = asyncio.Queue()
+    tasks = [asyncio.create_task(_follow(i, llm, job, queue)) for i, job in enumerate(jobs)]
+    left = sum(job.params.n for job in jobs)
+    try:
+        while left:
+            got = await queue.get()
+            if isinstance(got, BaseException):
+                raise got
+            left -= sum(d.ending is not None for d in got[1])
+            yield got
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _follow(number: int, llm: LLM, job: Job, queue: asyncio.Queue[Any]) -> None:
@@ -161,7 +172,12 @@ async def _follow(number: int, llm: LLM, job: Job, queue: asyncio.Queue[Any]) ->
         queue.put_nowait(error)
 
 
-def _chunks(head: Json, asked: CompletionRequest, llm: LLM, number: int, deltas: list[Delta]) -> bytes:
+def _opening(exchange: Exchange, asked: CompletionRequest) -> str:
+    """What all chunks of a stream begin with."""
+    return "data: " + json.dumps(_head(exchange, asked))[:-1] + ', "choices": [{"index": '
+
+
+def _chunks(head: str, asked: CompletionRequest, llm: LLM, number: int, deltas: list[Delta]) -> bytes:
     made = []
     for d in deltas:
         if asked.max_tokens == 0:
@@ -177,7 +193,9 @@ def _chunks(head: Json, asked: CompletionRequest, llm: LLM, number: int, deltas:
 
 
 def _chunk(
-    head: Json, index: int, text: str, logprobs: Json | None = None, finish: str | None = None
+    head: str, index: int, text: str, logprobs: Json | None = None, finish: str | None = None
 ) -> bytes:
-    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-    return f"data: {json.dumps(head | {'choices': [choice]})}\n\n".encode()
+    said = "null" if logprobs is None else json.dumps(logprobs)
+    ended = "null" if finish is None else f'"{finish}"'
+    rest = f', "text": {json.dumps(text)}, "logprobs": {said}, "finish_reason": {ended}}}]}}\n\n'
+    return (head + str(index) + rest).encode()

@@ -13,6 +13,10 @@ from quantmill.serve.refusal import invalid
 from quantmill.serve.schemas import ChatRequest, CompletionRequest, Sampling, SchemaFormat
 from quantmill.types import SamplingParams
 
+NAMED_PARTS = {"properties", "$defs", "definitions"}  # of a schema: schemas by name
+PARTS = {"items", "prefixItems", "anyOf", "oneOf"}
+COMBINING = {"allOf", "anyOf", "oneOf", "if", "$ref", "dependentSchemas"}
+OPENERS = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
 UNLIMITED = 1 << 30  # tokens; the engine stops at the context
 
 
@@ -93,9 +97,29 @@ def _format(form: Any) -> list[Constraint]:
         schema = form.json_schema.schema_
         if schema is None:
             raise invalid("response_format.json_schema has no schema", "response_format")
+        if form.json_schema.strict is False:
+            return [Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema))]
         return [schema_constraint(schema)]
     return [Constraint(ConstraintKind.JSON_OBJECT)] if form.type == "json_object" else []
 
 
 def schema_constraint(schema: dict[str, Any]) -> Constraint:
-    return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema))
+    return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(closed(schema)))
+
+
+def closed(schema: Any) -> Any:
+    """The schema with objects that may hold only what they list, unless they say otherwise: a model that may invent
+    fields does, and never ends. Schemas that only mean something together stay as they are."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    together = "allOf" in schema or ("properties" in schema and bool(COMBINING & schema.keys()))
+    made = dict(schema)
+    for key in NAMED_PARTS & schema.keys():
+        if isinstance(schema[key], dict):
+            made[key] = {name: closed(part) for name, part in schema[key].items()}
+    for key in PARTS & schema.keys() if not together else ():
+        made[key] = closed(schema[key])
+    listed = isinstance(schema.get("properties"), dict) and not together and not OPENERS & schema.keys()
+    return made | {"additionalProperties": False} if listed else made

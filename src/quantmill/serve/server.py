@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantmill.errors import BadRequest
+from quantmill.errors import BadRequest, QuantmillError, UserError
 from quantmill.runtime.llm import LLM
 from quantmill.serve.app import create_app
 from quantmill.serve.bandwidth import measure
 from quantmill.serve.models import ModelService
 from quantmill.serve.settings import ServeSettings
+from quantmill.types import SamplingParams
 
 if TYPE_CHECKING:
     import uvicorn
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("quantmill.serve")
 Mount = Callable[["Starlette", ModelService], None]  # adds a web UI, say
+LAST_BYTES = 0.5  # seconds for them to be sent
 SHARE = 0.8  # of the device's memory, for all models together
 
 
@@ -43,17 +45,48 @@ def open_model(source: str, settings: ServeSettings) -> tuple[Path, LLM]:
     from quantmill.sources import resolve
 
     folder = resolve(source, notify=log.info, run=True)
+    try:
+        llm = _open(folder, settings, _apart(settings))
+    except UserError:
+        raise
+    except QuantmillError as error:  # only a process of its own ends like that
+        log.warning("the engine runs inside the server", extra={"model": source, "error": str(error)})
+        llm = _open(folder, settings, False)
+    measure(llm.facts.name, settings.threads, llm.beside)
+    return folder, llm
+
+
+def _open(folder: Path, settings: ServeSettings, apart: bool) -> LLM:
+    """The model, which has answered once: a process that cannot is found here, and not by a client."""
     llm = LLM(
         folder,
+        apart=apart,
         device=settings.device,
         threads=settings.threads,
         exact=settings.exact,
         context=settings.context,
         kv_tokens=settings.kv_tokens,
+        tensor_parallel=settings.tensor_parallel,
         engine=settings.engine,
     )
-    measure(llm.facts.name, settings.threads)
-    return folder, llm
+    if apart:
+        try:
+            llm.generate([[0]], SamplingParams(0.0, max_new_tokens=2, ignore_eos=True))
+        except QuantmillError:
+            llm.close()
+            raise
+    return llm
+
+
+def _apart(settings: ServeSettings) -> bool:
+    """Whether engines get processes of their own. A GPU's passes are so short that this server would hold them up;
+    a processor's are long, and its cores have other things to do than to run one more interpreter."""
+    if settings.engine_process is not None:
+        return settings.engine_process
+    from quantmill.runtime.opening import gpu_count
+
+    on_gpu = settings.device.startswith("cuda") or (settings.device == "auto" and gpu_count() > 0)
+    return on_gpu and not settings.exact and settings.tensor_parallel == 1  # those have processes already
 
 
 def memory_budget(settings: ServeSettings) -> int:
@@ -64,7 +97,8 @@ def memory_budget(settings: ServeSettings) -> int:
 
     machine = this_machine()
     on_gpu = settings.device != "cpu" and machine.vram is not None
-    return int(SHARE * (machine.vram if on_gpu and machine.vram is not None else machine.ram))
+    vram = (machine.vram or 0) * settings.tensor_parallel
+    return int(SHARE * (vram if on_gpu else machine.ram))
 
 
 def serve(
@@ -98,14 +132,18 @@ def serve(
         address = f"http://{host}:{listener.getsockname()[1]}"
         with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
             runner.run(
-                _live(_server(config, lambda: ready(address) if ready else None), service, load, listener)
+                _live(
+                    _server(config, service, lambda: ready(address) if ready else None),
+                    service,
+                    load,
+                    listener,
+                )
             )
 
 
 async def _live(
     server: uvicorn.Server, service: ModelService, load: Sequence[str], listener: socket.socket
 ) -> None:
-    service.loop = asyncio.get_running_loop()
     service.loop = asyncio.get_running_loop()
     try:
         for name in load:
@@ -115,7 +153,7 @@ async def _live(
         await service.close()
 
 
-def _server(config: uvicorn.Config, started: Callable[[], None]) -> uvicorn.Server:
+def _server(config: uvicorn.Config, service: ModelService, started: Callable[[], None]) -> uvicorn.Server:
     """uvicorn's server, which says when it takes connections, and ends on a signal without dying of it."""
     import uvicorn
 
@@ -123,6 +161,22 @@ def _server(config: uvicorn.Config, started: Callable[[], None]) -> uvicorn.Serv
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets=sockets)
             started()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            watch = asyncio.create_task(self._until_nobody_waits())
+            try:
+                await super().shutdown(sockets=sockets)
+            finally:
+                watch.cancel()
+
+        async def _until_nobody_waits(self) -> None:
+            """A page that is open in a browser keeps a connection open; only answers are worth waiting for."""
+            while any(info.users for info in service.infos()):
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(LAST_BYTES)
+            for connection in list(self.server_state.connections):
+                if connection.transport is not None:
+                    connection.transport.close()
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:

@@ -20,9 +20,11 @@ class ServeSettings:
     no_auth: bool = False  # an open door on a network, by decision
     device: str = "auto"
     threads: int | None = None
+    engine_process: bool | None = None  # engines in processes of their own; None: on a GPU
     exact: bool = False
     context: int | None = None  # positions that a sequence may have; None: the model's
     kv_tokens: int | None = None  # positions that each model's cache holds
+    tensor_parallel: int = 1  # processes that share every layer of a model
     memory_bytes: int | None = None  # all models together; None: 80 % of what the device has
     max_body_bytes: int = 4 << 20
     max_prompt_tokens: int | None = None  # None: the context

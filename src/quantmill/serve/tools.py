@@ -21,6 +21,7 @@ from typing import Any
 from quantmill.runtime.constraints import Constraint, ConstraintKind
 from quantmill.runtime.llm_text import overlap
 from quantmill.runtime.tokenizer import TextTokenizer
+from quantmill.serve.params import closed
 from quantmill.serve.refusal import invalid
 from quantmill.serve.schemas import ChatRequest, NamedTool, Tool
 from quantmill.types import Json
@@ -88,20 +89,36 @@ def _must_call(tools: list[Tool], choice: str | NamedTool) -> Constraint:
             "type": "object",
             "properties": {
                 "name": {"const": t.function.name},
-                "arguments": _closed(t.function.parameters or {"type": "object"}),
+                "arguments": _arguments(t, f"#/anyOf/{i}" if len(wanted) > 1 else "#"),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for t in wanted
+        for i, t in enumerate(wanted)
     ]
     schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema))
 
 
-def _closed(parameters: Json) -> Json:
-    """Arguments that a schema does not list are of no use to anybody, unless it asks for them."""
-    return {"additionalProperties": False, **parameters} if "properties" in parameters else parameters
+def _arguments(tool: Tool, place: str) -> Json:
+    """The schema of a tool's arguments, for where it stands in the whole: its references go along."""
+    found: Json = _moved(
+        closed(tool.function.parameters or {"type": "object"}), f"{place}/properties/arguments"
+    )
+    return found
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose root is at `place` of another one."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _moved(value, place) for key, value in schema.items()}
+    reference = made.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        made["$ref"] = place + reference[1:]
+    return made
 
 
 def tools_as_text(tools: Sequence[Json]) -> str:
@@ -119,7 +136,7 @@ class ToolSplitter:
 
     def __init__(self, use: ToolUse, tokenizer: TextTokenizer) -> None:
         self.parallel, self._style = use.parallel, use.style
-        self._mark = MARKS[use.style]
+        self._mark, self._tokenizer = MARKS[use.style], tokenizer
         self._mark_id = tokenizer.backend.token_to_id(self._mark) if self._mark else None
         self._text, self._shown = "", 0
         self._at: int | None = None  # where calls begin
@@ -150,7 +167,8 @@ class ToolSplitter:
             return 0 if self._text.lstrip()[:1] in ("{", "[") and self._text.strip() else None
         at = self._text.find(self._mark, self._shown)
         if at < 0 and self._mark_id is not None and self._mark_id in tokens:
-            at = before
+            said = self._tokenizer.decode(tokens[: list(tokens).index(self._mark_id)])
+            at = min(before + len(said), len(self._text))
         return at if at >= 0 else None
 
     def _held(self) -> int:

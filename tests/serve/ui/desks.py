@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantmill.errors import SourceNotFound
 from quantmill.serve.ui.desk import Loaded, Message, Spoken
@@ -87,14 +88,31 @@ def wait_for(what: object, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def slow_down(seconds: float) -> None:
+    """Every piece of a download takes so long, so that a person can cancel it."""
+    from quantmill.hub import download
+
+    fetch = download.fetch
+
+    def slowly(plan: Any, api: Any, advance: Callable[[int], None]) -> Path:
+        def told(count: int) -> None:
+            time.sleep(seconds)
+            advance(count)
+
+        return fetch(plan, api, told)
+
+    download.fetch = slowly
+
+
 def main(folder: str, pace: str) -> None:
-    """Serve the page on a free port of this machine and say where."""
+    """Serve the page on a free port of this machine and say where. pace: seconds of a word."""
     import uvicorn
     from starlette.applications import Starlette
 
     from quantmill.serve.settings import ServeSettings
     from quantmill.serve.ui import put
 
+    slow_down(10 * float(pace))
     app = Starlette()
     put(app, EchoDesk({"demo/echo": Path(folder)}, float(pace)), ServeSettings())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))

@@ -25,7 +25,7 @@ def form(tiny_llama: Path, tmp_path: Path) -> Form:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("source", "", "source is empty"),
+        ("source", "", "Source is empty"),
         ("out", "-x", "dash"),
         ("variants", (), "no variant"),
         ("dataset", " ", "empty"),

@@ -194,7 +194,7 @@ def test_two_models_are_compared(serve_page: Callable[..., str], visit: Callable
         expect(page.locator(f"#compare-facts-{side}")).to_contain_text("not measured")
 
 
-def test_a_run_is_planned_made_and_shown(
+def test_a_run_is_planned_stopped_resumed_and_shown(
     serve_page: Callable[..., str], visit: Callable[..., Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
@@ -213,7 +213,11 @@ def test_a_run_is_planned_made_and_shown(
     page.locator("#plan").click()
     expect(page.locator("#plan-table")).to_contain_text("gptq-4bit-32g-actorder_True")
     page.locator("#start").click()
-    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=180_000)
+    expect(page.locator("#run-status")).to_contain_text("Running")
+    page.locator("#stop-run").click()
+    expect(page.locator("#run-status")).to_contain_text("Stopped", timeout=60_000)
+    page.locator("#resume").click()
+    expect(page.locator("#run-status")).to_contain_text("Finished", timeout=240_000)
     assert (tmp_path / "made" / "gptq-4bit-32g-actorder_True" / "config.json").is_file()
     expect(page.locator("#loss-plot")).to_be_visible()
 
@@ -232,3 +236,16 @@ def test_the_page_fits_a_phone(
             page.locator(".overflow-dropdown button", has_text=name).click()
         wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         assert wide <= 0, f"{name} is {wide} pixels too wide"
+
+
+def test_a_download_is_cancelled_and_goes_on(
+    serve_page: Callable[..., str], visit: Callable[..., Any]
+) -> None:
+    page = visit(serve_page(0.1))  # slowly
+    page.locator("#repository textarea, #repository input").fill("me/tiny-GPTQ")
+    page.locator("#download").click()
+    expect(page.locator("#download-status")).to_contain_text(" of ")
+    page.locator("#cancel-download").click()
+    expect(page.locator("#download-status")).to_contain_text("goes on from here")
+    page.locator("#download").click()
+    expect(page.locator("#download-status")).to_contain_text("every hash is right", timeout=120_000)

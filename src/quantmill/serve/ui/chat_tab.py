@@ -38,7 +38,7 @@ def build(room: Room) -> ChatTab:
     tab = _Talk(room)
     key = gr.State("")
     with gr.Row():
-        with gr.Column(scale=1, min_width=260):
+        with gr.Column(scale=1, min_width=260, elem_id="talk-side"):
             model = gr.Dropdown(label="Model", choices=[], interactive=True, elem_id="chat-model")
             mode = gr.Radio([CHAT, RAW], value=CHAT, label="Mode", elem_id="chat-mode")
             rooms = gr.Dropdown(
@@ -53,7 +53,12 @@ def build(room: Room) -> ChatTab:
                 system = gr.Textbox("", lines=3, show_label=False, elem_id="system-text")
         with gr.Column(scale=3, min_width=320):
             talk = gr.Chatbot(
-                height="60vh", buttons=["copy", "copy_all"], editable="all", show_label=False, elem_id="talk"
+                height="60vh",
+                buttons=["copy", "copy_all"],
+                editable="all",
+                show_label=False,
+                placeholder="**Nothing said yet.** Load a model on the tab Model, then write below.",
+                elem_id="talk",
             )
             raw = gr.Textbox(
                 "", lines=18, visible=False, label="Text", info="the model goes on", elem_id="raw"
@@ -62,7 +67,7 @@ def build(room: Room) -> ChatTab:
             with gr.Row():
                 send = gr.Button("Send", variant="primary", elem_id="send", min_width=80)
                 stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
-                go_on = gr.Button("Continue", elem_id="continue", min_width=110)
+                go_on = gr.Button("Continue", elem_id="continue", min_width=100)
                 again = gr.Button("Regenerate", elem_id="regenerate", min_width=120)
             status = gr.Markdown("", elem_id="chat-status")
             with gr.Accordion("The prompt as the model sees it", open=False, elem_id="prompt-accordion"):

@@ -26,8 +26,9 @@ def build(room: Room) -> list[Any]:
             1, 1024, value=128, step=1, label="Longest answer (tokens)", elem_id="compare-longest"
         )
         temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: greedy")
-        run = gr.Button("Compare", variant="primary", elem_id="compare-run")
-        stop = gr.Button("Stop", variant="stop", elem_id="compare-stop")
+    with gr.Row():
+        run = gr.Button("Compare", variant="primary", elem_id="compare-run", min_width=100)
+        stop = gr.Button("Stop", variant="stop", elem_id="compare-stop", min_width=100)
     pickers, texts, facts = [], [], []
     with gr.Row():
         for side in SIDES:
@@ -38,7 +39,13 @@ def build(room: Room) -> list[Any]:
                     )
                 )
                 texts.append(
-                    gr.Textbox(lines=12, label="Answer", interactive=False, elem_id=f"compare-text-{side}")
+                    gr.Textbox(
+                        lines=8,
+                        max_lines=24,
+                        label="Answer",
+                        interactive=False,
+                        elem_id=f"compare-text-{side}",
+                    )
                 )
                 facts.append(gr.Markdown("", elem_id=f"compare-facts-{side}"))
     both = [texts[0], facts[0], texts[1], facts[1]]

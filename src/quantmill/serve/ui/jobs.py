@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from quantmill.errors import BadRequest
 from quantmill.files import cache_root
 
+LABELS = {"source": "Source", "out": "Output folder", "dataset": "Calibration text"}  # as the page names them
 LAST_LINES = 12  # of its remarks that are shown
 PATIENCE = 20  # seconds from asking it to stop to ending it
 
@@ -37,18 +38,22 @@ class Form:
 
     def arguments(self) -> list[str]:
         """For `quantmill quantize`. Raises BadRequest for what is missing."""
-        for name in ("source", "out", "dataset"):
-            value = getattr(self, name).strip()
-            if not value:
-                raise BadRequest(f"the field {name} is empty: fill it in")
-            if value.startswith("-"):  # would be read as an option of the command
-                raise BadRequest(f"{name} is {value!r}: it cannot begin with a dash")
-        if not self.variants:
-            raise BadRequest("no variant is chosen: tick one, or type one such as 4bit-64g")
+        self.check(LABELS)
         chosen = [a for v in self.variants for a in ("--variant", v)]
         drawn = ["--dataset", self.dataset.strip(), "--samples", str(self.samples)]
         kept = ["--seqlen", str(self.seqlen), "--preset", self.preset]
         return [self.source.strip(), "--out", self.out.strip(), *chosen, *drawn, *kept]
+
+    def check(self, fields: Iterable[str]) -> None:
+        """Raises BadRequest where one of the fields, or the variants, cannot be used."""
+        for name in fields:
+            value = getattr(self, name).strip()
+            if not value:
+                raise BadRequest(f"{LABELS[name]} is empty: fill it in")
+            if value.startswith("-"):  # would be read as an option of the command
+                raise BadRequest(f"{LABELS[name]} is {value!r}: it cannot begin with a dash")
+        if not self.variants:
+            raise BadRequest("no variant is chosen: tick one, or type one such as 4bit-64g")
 
 
 @dataclass(frozen=True, slots=True)

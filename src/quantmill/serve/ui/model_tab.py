@@ -16,7 +16,9 @@ from quantmill.serve.ui.store import ModelSettings
 from quantmill.serve.ui.widgets import sampling_params, sampling_values, told
 from quantmill.sources import split_branch
 
-HEAD = ["branch", "bits", "group", "act order", "size", "KL", "fits", "best"]
+HEAD = ["branch", "bits", "group", "act order", "size", "KL", "fits"]
+WIDTHS: list[str | int] = ["196px", "42px", "56px", "82px", "78px", "64px", "68px"]
+NONE_LOADED = "No model is loaded. Pick one above: it loads by itself, with the parameters in its folder."
 DEVICES = ["auto", "cpu", "cuda"]
 
 
@@ -32,11 +34,13 @@ def build(room: Room, talk: chat_tab.ChatTab) -> Any:
                 elem_id="repository",
             )
             with gr.Row():
-                look = gr.Button("List branches", elem_id="list-branches", min_width=100)
+                look = gr.Button("List branches", elem_id="list-branches", min_width=130)
                 fetch = gr.Button("Download", variant="primary", elem_id="download", min_width=100)
                 cancel = gr.Button("Cancel", variant="stop", elem_id="cancel-download", min_width=100)
             fetched = gr.Markdown("", elem_id="download-status")
-            table = gr.Dataframe(headers=HEAD, value=[], interactive=False, elem_id="branches", wrap=True)
+            table = gr.Dataframe(
+                headers=HEAD, value=[], interactive=False, column_widths=WIDTHS, elem_id="branches"
+            )
         with gr.Column(min_width=320):
             gr.Markdown("### Use a model")
             with gr.Row():
@@ -45,19 +49,19 @@ def build(room: Room, talk: chat_tab.ChatTab) -> Any:
                 )
                 refresh = gr.Button("↻", scale=0, min_width=48, elem_id="refresh-models")
             with gr.Row():
-                device = gr.Dropdown(DEVICES, value="auto", label="Device", min_width=90, elem_id="device")
+                device = gr.Dropdown(DEVICES, value="auto", label="Device", min_width=130, elem_id="device")
                 threads = gr.Textbox(
-                    "", label="Threads", placeholder="every core", min_width=90, elem_id="threads"
+                    "", label="Threads", placeholder="every core", min_width=130, elem_id="threads"
                 )
                 context = gr.Textbox(
-                    "", label="Context", placeholder="the model's", min_width=90, elem_id="context"
+                    "", label="Context", placeholder="the model's", min_width=130, elem_id="context"
                 )
             exact = gr.Checkbox(False, label="Exact (float32 activations on a CPU)", elem_id="exact")
             with gr.Row():
-                save = gr.Button("Save settings", elem_id="save-settings", min_width=100)
+                save = gr.Button("Save settings", elem_id="save-settings", min_width=130)
                 reload = gr.Button("Reload", elem_id="reload", min_width=100)
                 unload = gr.Button("Unload", elem_id="unload", min_width=100)
-            status = gr.Markdown("No model is loaded.", elem_id="model-status")
+            status = gr.Markdown(NONE_LOADED, elem_id="model-status")
 
     options = [device, threads, context, exact]
     shown = [status, talk.model]

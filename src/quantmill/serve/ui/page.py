@@ -17,7 +17,33 @@ CSS = """
 .gradio-container main { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #said textarea { font-size: 1rem; }
 #prompt-text .cm-content, #remarks .cm-content { white-space: pre-wrap; }
-@media (max-width: 640px) { .gradio-container { padding: 6px !important; } }
+footer { display: none !important; }  /* gradio's own: its API is not ours */
+/* Tables of facts: quiet lines, the whole width. */
+.prose table { width: 100%; border-collapse: collapse; margin: 4px 0; border: 0 !important; }
+.prose table tr { border: 0 !important; }
+.prose table th, .prose table td {
+  border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important;
+  padding: 5px 10px !important; font-weight: 400; text-align: left;
+}
+.prose table td:first-child, .prose table th:first-child { color: var(--body-text-color-subdued); width: 40%; }
+/* Lists of branches and plans: one line each, they scroll sideways where there is no room. */
+#branches, #plan-table { --font-mono: var(--font); }
+:is(#branches, #plan-table) :is(td, th, [role="gridcell"], [role="columnheader"]) { font-size: 12px !important; }
+:is(#branches, #plan-table) :is(td, th, [role="gridcell"], [role="columnheader"]) * { font-size: 12px !important; }
+#branches td, #branches th, #plan-table td, #plan-table th { white-space: nowrap; word-break: keep-all; }
+#branches th *, #plan-table th * { white-space: nowrap; word-break: keep-all; overflow-wrap: normal; }
+/* What ends something is there when it is looked for, and is not the loudest on the page. */
+button.stop {
+  background: transparent !important; color: var(--error-text-color) !important;
+  border: 0 !important; box-shadow: inset 0 0 0 1px var(--error-border-color) !important;
+}
+#conversations input { padding-right: 28px; text-overflow: ellipsis; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 6px !important; }
+  .gradio-container main { padding: 4px !important; }
+  #talk-side { order: 2; }  /* the conversation first, its settings below */
+  #talk { height: 52vh !important; }
+}
 """
 
 
@@ -25,7 +51,16 @@ def theme() -> Any:
     """System fonts: nothing is fetched from elsewhere, the page works without a network."""
     fonts = ("system-ui", "sans-serif")
     mono = ("ui-monospace", "monospace")
-    return gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono)
+    made = gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono)
+    quiet = "*neutral_500"  # on white 4.8 : 1; gradio's own is too pale to be read easily
+    return made.set(
+        body_text_color_subdued=quiet,
+        block_info_text_color=quiet,
+        input_placeholder_color=quiet,
+        body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color_dark="*neutral_400",
+        input_placeholder_color_dark="*neutral_400",
+    )
 
 
 def build(

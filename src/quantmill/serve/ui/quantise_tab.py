@@ -20,6 +20,7 @@ OFFERED = ("4bit-128g", "4bit-64g", "4bit-32g", "3bit-128g", "3bit-64g", "2bit-6
 DATASETS = ("python-docs", "wikitext", "c4", "self")
 PRESETS = ("fast", "best")
 PLAN_HEAD = ["branch", "size", "bits/weight", "RAM", "VRAM", "time here"]
+PLAN_WIDTHS: list[str | int] = ["204px", "76px", "92px", "72px", "72px", "76px"]
 EVERY = 1.0  # seconds between looks at a run
 
 
@@ -35,7 +36,16 @@ def build(run: Run) -> None:
                 stop = gr.Button("Stop", variant="stop", elem_id="stop-run", min_width=80)
                 resume = gr.Button("Resume", elem_id="resume", min_width=80)
         with gr.Column(min_width=320):
-            table = gr.Dataframe(headers=PLAN_HEAD, value=[], interactive=False, elem_id="plan-table")
+            gr.Markdown(
+                "**Plan** says what each variant takes, before anything runs; **Start** makes them all."
+            )
+            table = gr.Dataframe(
+                headers=PLAN_HEAD,
+                value=[],
+                interactive=False,
+                column_widths=PLAN_WIDTHS,
+                elem_id="plan-table",
+            )
             shown = _views()
     look.click(tab.plan, fields, table)
     start.click(tab.start, fields, shown)
@@ -47,7 +57,7 @@ def build(run: Run) -> None:
 def _fields() -> list[Any]:
     """What the user fills in, in the order of Form's fields."""
     source = gr.Textbox(label="Source", placeholder="folder, .gguf file or owner/name", elem_id="source")
-    out = gr.Textbox(label="Output folder", elem_id="out")
+    out = gr.Textbox(label="Output folder", placeholder="one folder in it for each variant", elem_id="out")
     variants = gr.Dropdown(
         OFFERED,
         value=["4bit-128g"],
@@ -67,7 +77,7 @@ def _fields() -> list[Any]:
     )
     with gr.Row():
         samples = gr.Number(128, label="Samples", precision=0, minimum=1, elem_id="samples", min_width=80)
-        seqlen = gr.Number(2048, label="Tokens each", precision=0, minimum=8, elem_id="seqlen", min_width=80)
+        seqlen = gr.Number(2048, label="Tokens", precision=0, minimum=8, elem_id="seqlen", min_width=80)
         preset = gr.Dropdown(PRESETS, value="fast", label="Preset", elem_id="q-preset", min_width=80)
     return [source, out, variants, dataset, samples, seqlen, preset]
 
@@ -86,7 +96,7 @@ def _views() -> list[Any]:
         elem_id="loss-plot",
     )
     remarks = gr.Textbox(
-        "", label="What it says", lines=6, max_lines=12, interactive=False, elem_id="remarks"
+        "", label="What it says", lines=4, max_lines=12, interactive=False, visible=False, elem_id="remarks"
     )
     return [status, plot, remarks]
 
@@ -100,7 +110,7 @@ class _Quantise:
     def plan(self, *fields: Any) -> list[list[str]]:
         with told():
             form = _form(fields)
-            form.arguments()
+            form.check(["source"])
             config = read_json(resolve(form.source.strip(), files="config") / "config.json")
             module_names(config)  # an unknown architecture is refused here, in words
             chosen = [parse_variant(v) for v in form.variants]
@@ -140,7 +150,7 @@ class _Quantise:
     def look(self) -> tuple[Any, ...]:
         """Status, plot and remarks as they are now."""
         now = self.run.progress()
-        return _lines(now), _curve(now), now.remarks
+        return _lines(now), _curve(now), gr.update(value=now.remarks, visible=bool(now.remarks))
 
 
 def _form(fields: tuple[Any, ...]) -> Form:

@@ -170,7 +170,7 @@ def branch_rows(asked: str) -> tuple[str, list[list[str]], str | None]:
         c = b.config
         kl = "" if b.mean_kl is None else f"{b.mean_kl:.4f}"
         fixed = [str(c.bits), str(c.group_size), "yes" if c.desc_act else "no"] if c else ["", "", ""]
-        rows.append([b.name, *fixed, gigabytes(b.size), kl, b.fits, "★" if b.best else ""])
+        rows.append([b.name, *fixed, gigabytes(b.size), kl, f"{b.fits} ★" if b.best else b.fits])
     return name, rows, next((b.name for b in found if b.best), None)
 
 
