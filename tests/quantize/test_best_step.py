@@ -29,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training in a few steps; its real schedules are presets'."""
     few = dict.fromkeys((2, 3, 4), Schedule(steps=3, rate=1e-2, norm_rate=1e-2))
     monkeypatch.setattr(best_step, "TUNE", few)
-    monkeypatch.setattr(best_step, "DISTILL", few)
+    monkeypatch.setattr(best_step, "DISTILL", {bits: (s,) for bits, s in few.items()})
 
 
 def source(folder: Path, model_type: str = "llama") -> Path:
@@ -74,7 +74,7 @@ def test_what_distillation_changes_is_what_is_written(
     monkeypatch.setattr(best_step, "distill", doubled)
     monkeypatch.setattr(tuning, "LOOK", 100)
     none = dict.fromkeys((2, 3, 4), Schedule(steps=0, rate=0.0, norm_rate=0.0))
-    monkeypatch.setattr(best_step, "DISTILL", none)
+    monkeypatch.setattr(best_step, "DISTILL", {bits: (s,) for bits, s in none.items()})
     [trained] = pipeline.quantize(job(folder, tmp_path / "trained", distill=True), lambda _: None)
     a, b = weights(plain.folder), weights(trained.folder)
     assert a.keys() == b.keys()

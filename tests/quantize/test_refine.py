@@ -9,7 +9,7 @@ import torch
 
 from quantmill.quantize.moments import Goal, Moments, pooled
 from quantmill.quantize.presets import BEST
-from quantmill.quantize.refine import choose_target, shift_step, solve_best, usable_orders
+from quantmill.quantize.refine import choose_target, pull_of, shift_step, solve_best, usable_orders
 from quantmill.quantize.solver import dequantize, solve_group
 from quantmill.types import ActOrder, QuantConfig
 
@@ -66,7 +66,7 @@ def test_pooling_is_one_sum_over_all_tokens() -> None:
 def test_the_full_shift_is_the_least_squares_target() -> None:
     case = Case()
     goal = case.goal(FIT)
-    T = case.W + shift_step(case.W, goal, 1e-6)
+    T = case.W + shift_step(pull_of(case.W, goal), goal.H, 1e-6)
     x, y = case.x[FIT].double(), case.original[FIT].double() @ case.W.T.double()
     exact = torch.linalg.lstsq(x, y).solution.T
     assert torch.allclose(T.double(), exact, atol=2e-3)
@@ -76,7 +76,7 @@ def test_the_full_shift_is_the_least_squares_target() -> None:
 def test_no_mismatch_no_shift() -> None:
     case = Case(mismatch=0.0)
     goal = case.goal(FIT)
-    assert float(shift_step(case.W, goal, 0.05).abs().max()) < 1e-3
+    assert float(shift_step(pull_of(case.W, goal), goal.H, 0.05).abs().max()) < 1e-3
 
 
 def test_targets_are_chosen_per_module_on_held_out_tokens() -> None:
@@ -89,7 +89,7 @@ def test_targets_are_chosen_per_module_on_held_out_tokens() -> None:
     assert (first.strength, first.ridge) == (1.0, 0.01)
     assert second.strength == 0.0
     assert torch.equal(T[half:], case.W[half:])
-    expected = case.W + shift_step(case.W, fit, 0.01)
+    expected = case.W + shift_step(pull_of(case.W, fit), fit.H, 0.01)
     assert torch.equal(T[:half], expected[:half])
 
 

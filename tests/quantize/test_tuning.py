@@ -1,19 +1,20 @@
-"""Scales and norms by gradient: exact gradients, nothing but scales and norms moves, held-out loss never rises."""
+"""Scales, norms, codes by gradient: exact gradients, only what was asked for moves, held-out loss never rises."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
 from quantmill.quantize.block_tuning import tune_block
-from quantmill.quantize.distill import distill
+from quantmill.quantize.distill import affordable, distill
 from quantmill.quantize.presets import Schedule
 from quantmill.quantize.scaled import ScaledLinear, ScaledNorm, norm_names, trainable
 from quantmill.quantize.solver import dequantize, solve
-from quantmill.quantize.tuning import kl_divergence
+from quantmill.quantize.tuning import kl_divergence, tune
 from quantmill.types import IntLinear, QuantConfig
 from tiny_models import tiny_model
 
@@ -49,6 +50,35 @@ def test_untrained_it_is_the_packed_linear() -> None:
     assert torch.equal(module.stored().scales, linear.scales)
 
 
+@pytest.mark.parametrize("sym", [True, False])
+def test_latent_codes_get_the_gradient_of_what_they_are_rounded_to(sym: bool) -> None:
+    torch.manual_seed(0)
+    weight, config = torch.randn(6, 24), QuantConfig(bits=2, group_size=8, sym=sym)
+    linear = solve(weight, torch.eye(24), config).linear
+    module, x = ScaledLinear(linear, None, torch.float32, config.max_code), torch.randn(5, 24)
+    assert torch.equal(module.stored().codes, linear.codes)
+    module(x).square().sum().backward()
+    W = dequantize(linear).requires_grad_()
+    (x @ W.T).square().sum().backward()
+    steps = linear.scales.float()[:, linear.g_idx.long()]
+    assert torch.allclose(module.latent.grad, W.grad * steps, rtol=1e-4, atol=1e-4)
+
+
+def test_codes_stay_on_the_grid_and_move_by_whole_steps() -> None:
+    torch.manual_seed(0)
+    linear = solved(torch.randn(6, 24), bits=2, group=8)
+    module = ScaledLinear(linear, None, torch.float32, 3)
+    with torch.no_grad():
+        module.latent += 0.4
+        assert torch.equal(module.stored().codes, linear.codes)
+        module.latent += 0.2
+        module.confine()
+        assert torch.equal(module.stored().codes, (linear.codes + 1).clamp(max=3))
+        module.latent -= 100
+        module.confine()
+    assert int(module.stored().codes.max()) == 0
+
+
 def test_a_scale_that_leaves_float16_keeps_its_old_value() -> None:
     linear = solved(torch.randn(2, 16))
     module = ScaledLinear(linear, None, torch.float32)
@@ -77,8 +107,11 @@ def test_distillation_lowers_held_out_kl_and_keeps_codes() -> None:
     original, linears = model_and_linears()
     student = copy.deepcopy(original, memo={id(p): p for p in original.parameters()})
     blocks = torch.randint(0, 300, (20, 24), generator=torch.Generator().manual_seed(0))
-    schedule = Schedule(steps=50, rate=1e-2, norm_rate=1e-2)
-    done = distill(student, original, linears, blocks, 6, schedule, batch=4)
+    schedules = (
+        Schedule(50, 1e-2, 1e-2),
+        Schedule(2, 1e-4, 1e-4, code_rate=1e-3),
+    )  # the second flips no code
+    done = distill(student, original, linears, blocks, 6, schedules, dict.fromkeys(linears, 3), batch=4)
     assert done.tuned.after < 0.9 * done.tuned.before
     assert done.tuned.step > 0
     assert all(torch.equal(q.codes, linears[n].codes) for n, q in done.linears.items())
@@ -91,6 +124,24 @@ def test_distillation_lowers_held_out_kl_and_keeps_codes() -> None:
     assert float(found) == pytest.approx(done.tuned.after, rel=0.05)  # what is stored is what was judged
 
 
+def test_training_mends_codes_that_were_rounded_wrongly() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 32)
+    linear = solved(weight, bits=3, group=16)
+    wrong = torch.where(torch.rand(16, 32) < 0.2, (linear.codes.int() + 1).clamp(max=7), linear.codes.int())
+    module = ScaledLinear(dataclasses.replace(linear, codes=wrong.to(torch.uint8)), None, torch.float32, 7)
+    rows = torch.randn(6, 256, 32)
+
+    def loss(i: int) -> torch.Tensor:
+        return (module(rows[i]) - rows[i] @ weight.T).square().mean()
+
+    schedule = Schedule(100, 1e-3, 1e-3, code_rate=3e-2)
+    done = tune({"it": module}, schedule, loss, 5, lambda i: loss(5 + i), 1)
+    right = (rows[5] @ (dequantize(linear) - weight).T).square().mean()
+    assert done.after < 0.5 * done.before
+    assert done.after < 1.6 * float(right)
+
+
 def test_block_tuning_lowers_the_blocks_error() -> None:
     model, linears = model_and_linears()
     block, prefix = model.model.layers[0], "model.layers.0."
@@ -101,7 +152,9 @@ def test_block_tuning_lowers_the_blocks_error() -> None:
     with torch.no_grad():
         out = [block(x, **frame) for x in inputs]
     wanted = [o[0] if isinstance(o, tuple) else o for o in out]
-    done = tune_block(block, own, inputs, wanted, [frame] * 6, 1, Schedule(75, 3e-3, 3e-3))
+    done = tune_block(
+        block, own, inputs, wanted, [frame] * 6, 1, Schedule(75, 3e-3, 3e-3), dict.fromkeys(own, 3)
+    )
     assert done.tuned.after < 0.99 * done.tuned.before
     assert set(done.norms) == {"input_layernorm", "post_attention_layernorm"}
 
@@ -110,7 +163,24 @@ def test_training_that_only_hurts_is_not_kept() -> None:
     original, linears = model_and_linears()
     student = copy.deepcopy(original)
     blocks = torch.randint(0, 300, (6, 16), generator=torch.Generator().manual_seed(0))
-    done = distill(student, original, linears, blocks, 2, Schedule(25, 100.0, 100.0), batch=2)
+    done = distill(
+        student,
+        original,
+        linears,
+        blocks,
+        2,
+        (Schedule(25, 100.0, 100.0),),
+        dict.fromkeys(linears, 3),
+        batch=2,
+    )
     assert done.tuned.step == 0
     assert done.tuned.after == done.tuned.before
     assert all(torch.equal(q.scales, linears[n].scales) for n, q in done.linears.items())
+
+
+def test_codes_are_trained_only_where_there_is_room() -> None:
+    scales, codes = Schedule(1, 1e-3, 1e-3), Schedule(1, 1e-3, 1e-3, code_rate=1e-2)
+    assert affordable((scales, codes), 10**9, 20 * 10**9) == ((scales, codes), "")
+    kept, remark = affordable((scales, codes), 10**9, 20 * 10**9 - 1)
+    assert kept == (scales,)
+    assert "20 GB asked" in remark

@@ -21,7 +21,7 @@ from quantmill.console import Console, gigabytes, progress
 from quantmill.errors import BadRequest
 from quantmill.formats.gptq import dequantize, packed_bytes
 from quantmill.quantize.allocate import Choice, Part, within_loss, within_size
-from quantmill.quantize.job import Finished, Job
+from quantmill.quantize.job import BlockFinished, Event, Finished, Job
 from quantmill.quantize.pipeline import quantize
 from quantmill.quantize.plan import size_bytes
 from quantmill.quantize.sensitivity import scaled_loss, sensitivities
@@ -100,9 +100,14 @@ def _solve(job: Job, candidates: Sequence[Variant], scratch: Path) -> dict[str, 
         distill=False,
         resume=(scratch.exists()),
     )
-    with progress("trying 2, 3, 4 and 8 bits", 1) as advance:
-        done = quantize(asked, lambda _: None)
-        advance(1, "")
+    layers = dimensions(open_checkpoint(job.source).config).layers
+    with progress("trying 2, 3, 4 and 8 bits", layers * len(candidates)) as advance:
+
+        def at(event: Event) -> None:
+            if isinstance(event, BlockFinished):
+                advance(1, f"{event.branch} block {event.index}")
+
+        done = quantize(asked, at)
     return {f.branch: f for f in done}
 
 
