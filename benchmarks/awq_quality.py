@@ -160,29 +160,29 @@ def main() -> None:
         "gptq-asym": Variant("gptq", asym),
         "gptq-sym": Variant("sym", QuantConfig(4, args.group)),
     }
-    models, seconds = {}, {}
-    for name, variant in made.items():
-        weights, seconds[name] = ours(source, data, work / name, variant, args.device)
-        models[name] = model_with(source, weights, args.device)
     began = time.perf_counter()
     with torch.inference_mode():
         theirs = peer(original, hessians(original, blocks, args.device), args.group)
-    seconds["autoawq-style"] = time.perf_counter() - began
-    models["autoawq-style"] = model_with(source, theirs, args.device)
+    spent = {"autoawq-style": time.perf_counter() - began}
+    twin_model = model_with(source, theirs, args.device)
     cut = evaluate.token_windows(ids, ctx=1024, windows=args.windows)
-    scores = evaluate.score(models, cut, original=original)
     print(
         f"4 bits, group {args.group}, {len(cut)} x 1024 tokens\n"
-        f"{'what':<16}{'KL':>10}  of the peer's        top-1   seconds"
+        f"{'what':<16}{'KL':>10}  of the peer's        top-1   seconds",
+        flush=True,
     )
-    for name in models:
-        report = evaluate.report(scores[name])
-        ratio = evaluate.compare(scores[name], scores["autoawq-style"]).kl_ratio
-        interval = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
-        print(
-            f"{name:<16}{report.mean_kl:>10.5f}  {interval}  {report.top1_agreement:.4f}  {seconds[name]:.0f}",
-            flush=True,
-        )
+    for name, variant in made.items():
+        weights, spent[name] = ours(source, data, work / name, variant, args.device)
+        pair = {name: model_with(source, weights, args.device), "autoawq-style": twin_model}
+        scores = evaluate.score(pair, cut, original=original)
+        for shown in pair:
+            report = evaluate.report(scores[shown])
+            ratio = evaluate.compare(scores[shown], scores["autoawq-style"]).kl_ratio
+            interval = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+            print(
+                f"{shown:<16}{report.mean_kl:>10.5f}  {interval}  {report.top1_agreement:.4f}  {spent[shown]:.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

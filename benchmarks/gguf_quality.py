@@ -157,7 +157,7 @@ def theirs(
 
 
 def ours(
-    source: Path, mix: str, data: CalibrationSet, device: str, out: Path
+    source: Path, mix: str, data: CalibrationSet, device: str, preset: str, out: Path
 ) -> tuple[dict[str, Tensor], float, int]:
     """Dequantised weights as read back from the .gguf file, seconds, bytes."""
     import gguf as package
@@ -167,7 +167,7 @@ def ours(
 
     began = time.perf_counter()
     variant = Variant(mix, QuantConfig(bits=4, group_size=32), f"gguf:{mix}")
-    done = quantize(Job(source, "model", out, (variant,), data, device=device), lambda _: None)[0]
+    done = quantize(Job(source, "model", out, (variant,), data, preset, device=device), lambda _: None)[0]
     took = time.perf_counter() - began
     facts = json.loads((source / "config.json").read_text())
     path = next(done.folder.glob("*.gguf"))
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=Path, required=True, help=".npy of token ids (samples, seqlen)")
     parser.add_argument("--test", type=Path, required=True, help=".npy of token ids (T,)")
     parser.add_argument("--mixes", default="Q4_0,Q4_K_M,Q3_K_M,Q2_K")
+    parser.add_argument("--presets", default="best,fast")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=24)
     args = parser.parse_args()
@@ -207,21 +208,24 @@ def main() -> None:
     matrix = importance(original, blocks, args.device)
     cut = evaluate.token_windows(ids, ctx=1024, windows=args.windows)
     ggml = Ggml(args.ggml)
-    print(
-        f"{'mix':<8}{'bytes':>12}{'KL ours':>10}{'KL llama.cpp':>14}{'ratio':>8}  95 % interval     top-1   seconds"
-    )
+    print(f"{'mix':<8}{'maker':<10}{'bytes':>11}{'KL':>10}  of llama.cpp's (95 %)     top-1   seconds")
     for mix in args.mixes.split(","):
-        weights, took, size = ours(source, mix, data, args.device, work / "out")
-        pair = {"ours": model_with(source, weights, args.device)}
-        pair["theirs"] = model_with(source, theirs(original, source, mix, matrix, ggml), args.device)
-        scores = evaluate.score(pair, cut, original=original)
-        mine, peer = (evaluate.report(scores[k]) for k in ("ours", "theirs"))
-        kl = evaluate.compare(scores["ours"], scores["theirs"]).kl_ratio
-        print(
-            f"{mix:<8}{size:>12}{mine.mean_kl:>10.5f}{peer.mean_kl:>14.5f}{kl.value:>8.3f}"
-            f"  {kl.low:.3f} to {kl.high:.3f}  {mine.top1_agreement:.3f} {peer.top1_agreement:.3f}  {took:.0f}",
-            flush=True,
-        )
+        began = time.perf_counter()
+        peer = model_with(source, theirs(original, source, mix, matrix, ggml), args.device)
+        seconds = time.perf_counter() - began
+        for preset in args.presets.split(","):
+            weights, took, size = ours(source, mix, data, args.device, preset, work / preset)
+            pair = {preset: model_with(source, weights, args.device), "llama.cpp": peer}
+            scores = evaluate.score(pair, cut, original=original)
+            for name, spent in ((preset, took), ("llama.cpp", seconds)):
+                report = evaluate.report(scores[name])
+                ratio = evaluate.compare(scores[name], scores["llama.cpp"]).kl_ratio
+                print(
+                    f"{mix:<8}{name:<10}{size:>11}{report.mean_kl:>10.5f}"
+                    f"  {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+                    f"  {report.top1_agreement:.4f}  {spent:.0f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

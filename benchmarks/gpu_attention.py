@@ -4,7 +4,7 @@
 
 Attention of single rows at several contexts and batches, with GB/s of keys and values; attention of a prompt beside
 torch's; what runs between the linears; drawing; the output head beside cuBLAS. What a line shows to be the best
-belongs into ops.py: ROW_SHAPE, LEAST_PAGES, PARTS, TILE and TILE_SHAPE.
+belongs into ops.py: ROW_NAMES, TILE and TILE_SHAPE.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from quantmill.runtime.interface import PAGE
 
 H, KV, SIZE, PAGES, LONGEST, ROUNDS, VOCAB = 32, 8, 128, 3000, 33000, 16, 32000
 ROWS_CASES = ((1, 128), (1, 2048), (1, 8192), (1, 32768), (16, 128), (64, 128), (64, 2048))
-ROW_SHAPES = ((2, 16, (4, 3)), (4, 16, (4, 3)), (2, 16, (4, 2)), (2, 16, (8, 3)), (2, 32, (8, 3)))
+ROW_NAMES = ("BLOCK", "ROW_WARPS", "LEAST", "PARTS", "ROW_REGISTERS", "POSTED")
+ROW_SHAPES = (
+    (128, 8, 1, 16, 128, True),
+    (128, 8, 1, 16, 128, False),
+    (128, 4, 1, 16, 0, True),
+    (128, 4, 1, 16, 0, False),
+    (128, 8, 2, 16, 128, True),
+)
 TILE_CASES = ((64, (4, 2)), (64, (4, 3)), (128, (8, 2)), (128, (8, 3)))
 PROMPT = 2048
 
@@ -56,11 +63,17 @@ def rows_us(heads: tensors.Heads, caches: list[tensors.LayerCache], batch: int, 
     return microseconds(all_caches, ROUNDS // len(caches)) / len(caches)
 
 
+def use(shape: tuple[object, ...]) -> None:
+    for name, value in zip(ROW_NAMES, shape, strict=True):
+        setattr(ops, name, value)
+
+
 def show_rows(heads: tensors.Heads, caches: list[tensors.LayerCache]) -> None:
+    before = tuple(getattr(ops, name) for name in ROW_NAMES)
     for batch, context in ROWS_CASES:
         found = []
         for shape in ROW_SHAPES:
-            ops.LEAST_PAGES, ops.PARTS, ops.ROW_SHAPE = shape
+            use(shape)
             found.append((rows_us(heads, caches, batch, context), shape))
         best = min(found)
         rate = batch * context * KV * SIZE * 4 / best[0] / 1e3
@@ -68,7 +81,7 @@ def show_rows(heads: tensors.Heads, caches: list[tensors.LayerCache]) -> None:
         print(
             f"rows {batch:3} context {context:6}: {best[0]:7.2f} us {rate:5.0f} GB/s by {best[1]}; all {every}"
         )
-    ops.LEAST_PAGES, ops.PARTS, ops.ROW_SHAPE = ROW_SHAPES[1]
+    use(before)
 
 
 def show_tiles(heads: tensors.Heads, cache: tensors.LayerCache) -> None:

@@ -1,6 +1,6 @@
 """Speed of the GPU decoder on a Mistral-7B-shaped model beside the floors of the same machine. Needs a GPU.
 
-    python benchmarks/gpu_decode.py [--bits 4] [--group 128] [--act-order] [--layers 32] [--quick] [--json FILE]
+    python benchmarks/gpu_decode.py [--bits 4] [--group 128] [--act-order] [--quick] [--apart] [--json FILE]
 
 Makes a GPTQ checkpoint with random codes (never zeros) in a temporary folder, opens it as `quantmill generate`
 would, and prints tokens a second at several contexts and batch sizes, prompts of several lengths, what every
@@ -199,7 +199,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--prompts", type=int, nargs="*", default=[128, 512, 2048, 8192])
     parser.add_argument("--kv", default="fp16")
-    parser.add_argument("--fused", action="store_true", help="five kernels a layer for up to 16 rows")
+    parser.add_argument(
+        "--apart", action="store_true", help="kernels between the linears: eight a layer, not five"
+    )
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     if not torch.cuda.is_available():
@@ -221,7 +223,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
     before = torch.cuda.mem_get_info()[0]
     begin = time.perf_counter()
     runtime = GpuRuntime.from_folder(
-        folder, context=33 * 1024, kv_tokens=53248, kv_dtype=asked.kv, fused=asked.fused
+        folder, context=33 * 1024, kv_tokens=53248, kv_dtype=asked.kv, fused=not asked.apart
     )
     torch.cuda.synchronize()
     loaded = time.perf_counter() - begin

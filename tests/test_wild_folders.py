@@ -1,7 +1,7 @@
 """GPTQ folders as other tools leave them, each built here from its documented layout, each read right.
 
 Truth is what the codes stand for, worked out without any packing (gptq_models.exact_weight); read by the
-checkpoint, which the fast runtimes use, and through Transformers, which gives the same logits.
+checkpoint, and run: through Transformers, and by the runtime of the command line, which give the same logits.
 """
 
 import json
@@ -16,6 +16,8 @@ from gptq_models import exact_weight, round_to_nearest
 from quantmill.checkpoint import modern_view, open_checkpoint
 from quantmill.formats.gptq import dequantize, pack
 from quantmill.runtime.load import load_model
+from quantmill.runtime.opening import open_runtime
+from quantmill.runtime.single import SingleSequence
 from quantmill.types import ActOrder, CheckpointFormat, QuantConfig
 from tiny_models import tiny_model
 
@@ -88,6 +90,12 @@ class Wild:
         with torch.inference_mode():
             got, wanted = model(IDS).logits, self.model(IDS).logits
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+        runtime = open_runtime(self.folder, device="cpu", threads=1, exact=True, kv_tokens=64)
+        try:
+            fast = torch.as_tensor(SingleSequence(runtime).score(IDS[0].tolist()))
+        finally:
+            runtime.close()
+        torch.testing.assert_close(fast, wanted[0], rtol=2e-3, atol=2e-3)
 
 
 AUTOGPTQ = {

@@ -22,6 +22,8 @@ from quantmill.types import Json, PackedLinear, QuantConfig
 from quantmill.weights import INDEX, WEIGHTS, find_weights, save_tensors, shard_name, write_index
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 __all__ = [
@@ -95,15 +97,19 @@ class Checkpoint:
         """What the headers say against a module's tensors: suffix, found, and what the config asks for."""
         return module_faults(self.layout, self._module(module))
 
-    def packed(self, module: str) -> PackedLinear:
+    def packed(self, module: str, send: Callable[[Tensor], Tensor] | None = None) -> PackedLinear:
         """A quantised module of any layout; zero convention told from the zeros, a missing `g_idx` filled in.
 
+        send: moves every tensor to another device as soon as it is loaded, so that it is checked there.
         Raises BadCheckpoint where a tensor is missing, has another shape or dtype than the config asks for,
         or holds scales or a bias that overflow float16.
         """
         if faults := self.module_faults(module):
             raise BadCheckpoint(f"{module}: {faults[0]}: run `quantmill check {self.folder}`")
-        return read_module(self.layout, self._module(module))
+        found = self._module(module)
+        if send is not None:
+            found = replace(found, load=lambda suffix: send(self.load(f"{module}.{suffix}")))
+        return read_module(self.layout, found)
 
     def _layout_or_gptq(self) -> Layout:
         """Of a folder whose method is not read, tensors are looked for under GPTQ's names."""

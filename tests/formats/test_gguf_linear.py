@@ -24,7 +24,7 @@ def random_rows(name: str, outputs: int, columns: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
-@pytest.mark.parametrize(("outputs", "columns"), [(1, 32), (15, 64), (16, 64), (33, 96)])
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 32), (63, 64), (64, 64), (65, 32), (130, 96)])
 def test_the_compiled_loops_are_their_twin(name: str, outputs: int, columns: int) -> None:
     rows = random_rows(name, outputs, columns)
     fast, slow = gguf_linear.split(TYPES[name], rows), gguf_linear.split_slowly(TYPES[name], rows)

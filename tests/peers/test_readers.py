@@ -18,7 +18,10 @@ from gptq_models import write_quantized
 from quantmill.checkpoint import open_checkpoint
 from quantmill.convert import convert
 from quantmill.doctor import check
-from quantmill.types import QuantConfig
+from quantmill.quantize.calibration import fingerprint
+from quantmill.quantize.job import Job
+from quantmill.quantize.pipeline import quantize
+from quantmill.types import CalibrationSet, QuantConfig, Variant
 from tiny_models import byte_level_tokenizer, tiny_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -109,6 +112,21 @@ def test_llama_cpp_answers_sensibly(smol: Path, tmp_path: Path) -> None:
         tensors.append(GgufTensor(name, info.shape, kind.name if kind else "F32", rows))
     write_gguf(tmp_path / "m.gguf", GgufModel("smol", opened.config, smol, "Q8_0"), tensors)
     assert "Paris" in llama_cpp(tmp_path / "m.gguf", "chat", "What is the capital of France?")
+
+
+@pytest.mark.slow
+def test_llama_cpp_loads_the_mixes_of_the_family(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny_model("mistral", **sizes).half().save_pretrained(tmp_path / "source")
+    byte_level_tokenizer().save_pretrained(tmp_path / "source")
+    blocks = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(1))
+    data = CalibrationSet(blocks, "random", 0, fingerprint(blocks), 4, 0)
+    mixes = ("Q2_K", "Q3_K_M", "Q4_K_M")  # every K type is in one of them
+    variants = tuple(Variant(m, QuantConfig(4, 32), f"gguf:{m}") for m in mixes)
+    job = Job(tmp_path / "source", "some/Model", tmp_path / "out", variants, data)
+    for done in quantize(job, lambda _: None):
+        answer = llama_cpp(next(done.folder.glob("*.gguf")), "complete", "the cat sat")
+        assert int(answer.split()[0]) == len(byte_level_tokenizer()("the cat sat").input_ids)
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import gguf
 import pytest
 import torch
 
-from quantmill.errors import UnsupportedModel
+from quantmill.errors import BadRequest, UnsupportedModel
 from quantmill.formats import gguf as formats
 from quantmill.quantize import calibration
 from quantmill.quantize.containers import planned_bytes
+from quantmill.quantize.gguf_best import GgufBestStep
 from quantmill.quantize.gguf_mix import MIXES, fitting, mix_name, tensor_types
+from quantmill.quantize.gguf_step import GgufStep
 from quantmill.quantize.job import Job
 from quantmill.quantize.pipeline import quantize
 from quantmill.types import CalibrationSet, QuantConfig, Variant
@@ -30,11 +32,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(source: Path, out: Path, *mixes: str, resume: bool = False) -> list[Path]:
+def make(source: Path, out: Path, *mixes: str, resume: bool = False, preset: str = "fast") -> list[Path]:
     blocks = torch.randint(0, 320, (4, 64), generator=torch.Generator().manual_seed(1))
     data = CalibrationSet(blocks, "random", 0, calibration.fingerprint(blocks), 4, 0)
     variants = tuple(Variant(m, QuantConfig(4, 32), f"gguf:{m}") for m in mixes)
-    done = quantize(Job(source, "some/Model", out, variants, data, resume=resume), lambda _: None)
+    done = quantize(Job(source, "some/Model", out, variants, data, preset, resume=resume), lambda _: None)
     assert all(f.size_bytes > 0 for f in done)
     return [next(f.folder.glob("*.gguf")) for f in done]
 
@@ -60,13 +62,12 @@ def test_files_hold_the_mix_and_are_complete(source: Path, tmp_path: Path) -> No
         assert len(report["modules"]) == 14
 
 
+@pytest.mark.parametrize(("preset", "step"), [("fast", GgufStep), ("best", GgufBestStep)])
 def test_a_resumed_run_ends_with_the_same_bytes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, step: type
 ) -> None:
-    (whole,) = make(source, tmp_path / "whole", "Q3_K_M")
-    from quantmill.quantize.gguf_step import GgufStep
-
-    solve, calls = GgufStep.solve, []
+    (whole,) = make(source, tmp_path / "whole", "Q3_K_M", preset=preset)
+    solve, calls = step.solve, []
 
     def dies_at_the_second(self, on_event):
         calls.append(1)
@@ -74,12 +75,28 @@ def test_a_resumed_run_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         return solve(self, on_event)
 
-    monkeypatch.setattr(GgufStep, "solve", dies_at_the_second)
+    monkeypatch.setattr(step, "solve", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        make(source, tmp_path / "cut", "Q3_K_M")
+        make(source, tmp_path / "cut", "Q3_K_M", preset=preset)
     monkeypatch.undo()
-    (resumed,) = make(source, tmp_path / "cut", "Q3_K_M", resume=True)
+    (resumed,) = make(source, tmp_path / "cut", "Q3_K_M", resume=True, preset=preset)
     assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_best_notes_its_choices(source: Path, tmp_path: Path) -> None:
+    (path,) = make(source, tmp_path, "Q2_K", preset="best")
+    report = json.loads((path.parent / "quantize_report.json").read_text())
+    assert all("shift" in m["choice"] and "refinements" in m["choice"] for m in report["modules"])
+    assert report["preset"] == "best"
+
+
+def test_training_is_refused(source: Path, tmp_path: Path) -> None:
+    blocks = torch.zeros(1, 8, dtype=torch.int64)
+    data = CalibrationSet(blocks, "zeros", 0, calibration.fingerprint(blocks), 1, 0)
+    variant = Variant("Q4_0", QuantConfig(4, 32), "gguf:Q4_0")
+    job = Job(source, "some/Model", tmp_path, (variant,), data, "best", distill=True)
+    with pytest.raises(BadRequest, match="train GPTQ folders, not gguf:Q4_0"):
+        quantize(job, lambda _: None)
 
 
 def test_the_file_runs_and_is_close_to_the_source(source: Path, tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ import torch
 
 from quantmill.formats import gguf as formats
 from quantmill.formats.gguf import TYPES
-from quantmill.quantize.gguf_solve import refit_blocks, round_to_nearest, solve_blocks
+from quantmill.quantize.gguf_solve import (
+    fed_back,
+    refit_blocks,
+    round_to_nearest,
+    solve_blocks,
+    solve_towards,
+)
 from quantmill.quantize.gguf_step import to_bytes
 from quantmill.quantize.kgrids import dequantize, fit
 from quantmill.quantize.solver import factorise, relative_loss
@@ -108,3 +114,23 @@ def test_ours_and_numpy_agree_on_values() -> None:
     linear = round_to_nearest(weights(), TYPES["Q4_K"])
     raw = to_bytes(linear).numpy()
     assert np.array_equal(formats.dequantize(TYPES["Q4_K"], raw), linear.weight.numpy())
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q2_K"])
+def test_a_step_is_kept_only_if_the_judge_agrees(name: str) -> None:
+    kind, W, H = TYPES[name], weights(), hessian()
+    factor, _ = factorise(H, QuantConfig())
+    seen: list[float] = []
+
+    def judge(Q: torch.Tensor) -> torch.Tensor:
+        E = Q - W
+        loss = ((E @ H) * E).sum(1)
+        seen.append(float(loss.sum()))
+        return loss
+
+    linear, kept = solve_towards(W, factor, kind, judge, rounds=2)
+    assert float(judge(linear.weight).sum()) == min(seen)
+    assert 0 < kept <= 5
+    unmoved, none = solve_towards(W, factor, kind, lambda Q: Q.new_zeros(len(Q)), rounds=2)
+    assert none == 0
+    assert torch.equal(unmoved.codes, fed_back(W, factor, kind).codes)

@@ -11,8 +11,9 @@ from quantmill.console import Console
 from quantmill.doctor import Mended, check, fix
 from quantmill.errors import UserError
 from quantmill.files import write_json
-from quantmill.hub.card import write_card
+from quantmill.hub.card import Siblings, write_card
 from quantmill.hub.card_facts import branch_folders, parse_card
+from quantmill.hub.card_gguf import gguf_folders, write_gguf_card
 from quantmill.hub.remote import fetch_papers
 from quantmill.manifest import update_manifest
 from quantmill.types import CheckReport, Json
@@ -20,12 +21,17 @@ from quantmill.types import CheckReport, Json
 CHECK_REPORT = "check_report.json"
 
 
-def describe(folder: Path, name: str | None) -> Path:
-    """Write README.md, and a copy into each branch, for a folder of branches or one branch. Returns its path."""
+def describe(folder: Path, name: str | None, siblings: Siblings | None = None) -> Path:
+    """Write README.md, and a copy into each branch, for a folder of branches, one branch, or GGUF files.
+
+    Returns its path. `siblings` are repositories of the same model that the card shall name.
+    """
+    if gguf_folders(folder):
+        return write_gguf_card(folder, name=name, siblings=siblings)
     branches = branch_folders(folder)
     for branch in branches:
         write_json(branch / CHECK_REPORT, _without_paths(check_to_json(check(branch)), branch))
-    card = write_card(folder, name=name)
+    card = write_card(folder, name=name, siblings=siblings)
     for branch in branches:
         update_manifest(branch, (CHECK_REPORT, card.name, *(p.name for p in branch.glob("*.png"))))
     return card

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from quantmill.architectures import module_names
 from quantmill.commands.choosing import Target, choose_bits
 from quantmill.commands.eventlog import also_to
+from quantmill.commands.family import describe_family, fitting
 from quantmill.commands.machine import memory_limit, pick_device, set_threads
 from quantmill.console import Advance, Console, gigabytes, progress, seconds
 from quantmill.errors import BadRequest
@@ -53,6 +54,7 @@ class Request:
     max_vram: str | None = None  # GPU memory that may be taken, such as 16GB
     max_ram: str | None = None  # host memory, likewise
     events: Path | None = None  # a file that gets a line of JSON for every event
+    family: bool = False  # several repositories, each with its cards
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ def make(request: Request, console: Console) -> Made:
     folder = resolve(request.source, notify=console.note)
     config = read_json(folder / "config.json")
     _refuse_quantised(request.source, config)
+    if request.family:
+        request = dataclasses.replace(request, variants=fitting(request.variants, config, console))
     data = calibrate(request, folder, config, console)
     for v in () if request.target else request.variants:
         console.note(f"{v.branch}: will be {gigabytes(planned_bytes(config, v))}")
@@ -116,6 +120,8 @@ def make(request: Request, console: Console) -> Made:
         with also_to(None if console.mute else request.events, follower) as follow:
             finished = quantize(job, follow)
     made = Made(tuple(finished), time.perf_counter() - began, peak_ram_bytes())
+    if request.family and not console.mute:
+        describe_family(request.out, None)
     if not console.mute:
         losses = {f.branch: [(m.name, m.loss) for m in f.modules] for f in finished}
         loss_by_layer(losses, request.out / PICTURE)

@@ -17,7 +17,7 @@ from quantmill import plots
 from quantmill.errors import BadRequest
 from quantmill.files import write_text
 from quantmill.hub.card_advice import MEAN_KL, advice, ranking
-from quantmill.hub.card_facts import BranchFacts, RepositoryFacts, read_repository
+from quantmill.hub.card_facts import BranchFacts, RepositoryFacts, Source, read_repository
 from quantmill.hub.card_format import NOT_RECORDED, code, markdown_table, or_missing, size
 from quantmill.hub.card_prompt import PROMPT, PromptTemplate, chat_template, read_prompt
 from quantmill.hub.card_sections import (
@@ -30,7 +30,7 @@ from quantmill.hub.card_sections import (
     tails,
 )
 from quantmill.hub.variants import MAIN
-from quantmill.types import SamplingParams
+from quantmill.types import Json, SamplingParams
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -47,6 +47,7 @@ NOT_MADE = "not made yet"
 class Siblings:
     """Repositories made from the same original, as `owner/name`; None where there is none."""
 
+    gptq: str | None = None
     awq: str | None = None
     gguf: str | None = None
 
@@ -97,23 +98,41 @@ def write_card(
 
 def names_of(facts: RepositoryFacts, name: str | None = None, owner: str | None = None) -> Names:
     """Names from what the user gave, else from the source. Raises BadRequest for those that no hub takes."""
+    original = facts.source.name if facts.source else facts.folder.resolve().name
+    creator = facts.original.header.get("model_creator") if facts.original else None
+    return model_name(original, facts.source, name, owner, method_of(facts), creator)
+
+
+def model_name(
+    original: str,
+    source: Source | None,
+    name: str | None,
+    owner: str | None,
+    method: str,
+    creator: Any = None,
+) -> Names:
+    """Names of a repository of `original`'s weights, quantised with `method`. Raises as `names_of`."""
     given_owner, _, given = (name or "").rpartition("/")
     if owner and given_owner and owner != given_owner:
         raise BadRequest(f"the name {name!r} has another owner than {owner!r}: give the owner once")
     owner = owner or given_owner or None
-    original = facts.source.name if facts.source else facts.folder.resolve().name
-    repository = given or re.sub(r"[^\w.-]+|--+", "-", _without_suffix(original)).strip("-.") + "-GPTQ"
+    repository = given or re.sub(r"[^\w.-]+|--+", "-", _without_suffix(original)).strip("-.") + f"-{method}"
     _check_repo_id(f"{owner or NO_OWNER}/{repository}")
-    header = facts.original.header if facts.original else {}
-    hub_id = facts.source.hub_id if facts.source else None
-    creator = hub_id.partition("/")[0] if hub_id else header.get("model_creator")
+    hub_id = source.hub_id if source else None
+    creator = hub_id.partition("/")[0] if hub_id else creator
     return Names(
         _without_suffix(repository), repository, owner, creator if isinstance(creator, str) else None
     )
 
 
+def method_of(facts: RepositoryFacts) -> str:
+    """AWQ where that is what the branches hold, else GPTQ."""
+    quant = facts.branches[0].model.get("quantization_config")
+    return "AWQ" if isinstance(quant, dict) and quant.get("quant_method") == "awq" else "GPTQ"
+
+
 def _without_suffix(name: str) -> str:
-    return re.sub(r"[-_.]gptq$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"[-_.](gptq|awq|gguf)$", "", name, flags=re.IGNORECASE)
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -182,7 +201,7 @@ def model_card_data(facts: RepositoryFacts, names: Names, prompt: PromptTemplate
         license_link=header.get("license_link"),
         model_name=names.model,
         pipeline_tag="text-generation",
-        tags=["gptq", "quantmill", *bits, *_texts(header.get("tags"))],
+        tags=[method_of(facts).lower(), "quantmill", *bits, *_texts(header.get("tags"))],
         base_model_relation="quantized" if hub_id else None,
         inference=False,
         model_creator=names.creator,
@@ -224,6 +243,7 @@ def _context(
     branches = facts.branches
     return {
         "names": names,
+        "method": method_of(facts),
         "siblings": siblings,
         "pictures": pictures,
         "prompt": prompt,
@@ -235,7 +255,7 @@ def _context(
         "creator": names.creator or NOT_RECORDED,
         "original": _original(facts),
         "original_card": facts.original.text if facts.original else None,
-        "licence": _licence(facts),
+        "licence": licence_line(facts.original.header if facts.original else {}),
         "architecture": _architecture(branches[0]),
         "sizes": _sizes(branches),
         "shared": _shared(branches),
@@ -245,7 +265,7 @@ def _context(
         "unmeasured": [b.name for b in branches if not b.measured],
         "unrecorded": [b.name for b in branches if not b.making],
         "loaders": loader_lines(branches),
-        "provided_files": provided_files(branches),
+        "provided_files": provided_files(branches, method_of(facts)),
         "advice": advice(branches),
         "recipes": recipes(branches),
         "layer_losses": layer_losses(branches),
@@ -254,7 +274,7 @@ def _context(
         "tails": tails(branches),
         "at": lambda b: names.repo_id if b.name == MAIN else f"{names.repo_id}:{b.name}",
         "local": lambda b: names.repository if b.name == MAIN else f"{names.repository}-{b.name}",
-        "link": lambda repo: f"[{repo}]({HOST}/{repo})" if repo else NOT_MADE,
+        "link": link_to,
         "code": code,
         "table": markdown_table,
     }
@@ -267,8 +287,15 @@ def _original(facts: RepositoryFacts) -> str:
     return f"[{hub_id}]({HOST}/{hub_id})" if hub_id else f"{facts.source.name} (a local copy)"
 
 
-def _licence(facts: RepositoryFacts) -> str:
-    header = facts.original.header if facts.original else {}
+def link_to(repo: str | None) -> str:
+    """A repository on the hub, as far as it is known where it will be."""
+    if repo is None:
+        return NOT_MADE
+    return f"`{repo}`" if repo.startswith(f"{NO_OWNER}/") else f"[{repo}]({HOST}/{repo})"
+
+
+def licence_line(header: Json) -> str:
+    """What the original card's header says of its licence."""
     name = header.get("license_name") or header.get("license")
     if isinstance(name, list):
         name = ", ".join(map(str, name))

@@ -151,8 +151,7 @@ def read_branch(folder: Path, name: str | None = None) -> BranchFacts:
     """One branch; `name` None takes the name in its report, or the one that its parameters have."""
     checkpoint = open_checkpoint(folder)
     config, quant = checkpoint.quant_config, checkpoint.quant or {}
-    report = _optional_json(folder / QUANTIZE_REPORT)
-    making = _making(report, folder / QUANTIZE_REPORT) if report is not None else None
+    report, making = _optional_json(folder / QUANTIZE_REPORT), read_making(folder)
     check = _optional_json(folder / CHECK_REPORT)
     shapes = [checkpoint.module_size(module) for module in checkpoint.quantized_modules()]
     return BranchFacts(
@@ -167,7 +166,7 @@ def read_branch(folder: Path, name: str | None = None) -> BranchFacts:
         model=checkpoint.config,
         making=making,
         calibration=making.calibration if making else _foreign_calibration(quant),
-        measured=_measured(folder / EVAL_REPORT),
+        measured=read_measured(folder),
         loaders=_loaders(check),
         modules_by_bits=_modules_by_bits(checkpoint),
     )
@@ -207,8 +206,12 @@ def _recorded(quant: Json, key: str, kind: type) -> Any:
     return None if value is None else kind(value)
 
 
-def _making(report: Json, path: Path) -> Making:
-    """Raises BadCheckpoint where a module's entry is not what quantmill writes."""
+def read_making(folder: Path) -> Making | None:
+    """A folder's `quantize_report.json`. Raises BadCheckpoint where an entry is not what quantmill writes."""
+    path = folder / QUANTIZE_REPORT
+    report = _optional_json(path)
+    if report is None:
+        return None
     source, calibration = _text(report.get("source")), report.get("calibration") or {}
     try:
         modules = tuple(ModuleReport(**module) for module in report.get("modules", ()))
@@ -235,8 +238,9 @@ def _foreign_calibration(quant: Json) -> Calibration:
     return Calibration(dataset=dataset, seqlen=seqlen)
 
 
-def _measured(path: Path) -> EvalReport | None:
-    """An `eval_report.json`; keys that EvalReport does not have are left alone. Raises BadCheckpoint."""
+def read_measured(folder: Path) -> EvalReport | None:
+    """A folder's `eval_report.json`; keys that EvalReport lacks are left alone. Raises BadCheckpoint."""
+    path = folder / EVAL_REPORT
     stored = _optional_json(path)
     if stored is None:
         return None

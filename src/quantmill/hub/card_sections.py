@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 from quantmill.hub.card_facts import BranchFacts, Making
 from quantmill.hub.card_format import (
@@ -58,7 +59,7 @@ FILE_COLUMNS: dict[str, Callable[[BranchFacts], str]] = {
     "GS": lambda b: "None" if b.config.group_size == -1 else str(b.config.group_size),
     "Act Order": lambda b: ACT_ORDER[b.config.act_order],
     "Damp %": lambda b: or_missing(b.damp_percent),
-    "GPTQ Dataset": _dataset,
+    "{method} Dataset": _dataset,
     "Seq Len": lambda b: or_missing(b.calibration.seqlen),
     "Size": lambda b: size(b.size_bytes),
     "ExLlama": lambda b: "Yes" if reads(b, "exllamav2") else "No",
@@ -69,8 +70,8 @@ FILE_COLUMNS: dict[str, Callable[[BranchFacts], str]] = {
 }
 
 
-def provided_files(branches: Sequence[BranchFacts]) -> str:
-    return _table(FILE_COLUMNS, branches)
+def provided_files(branches: Sequence[BranchFacts], method: str = "GPTQ") -> str:
+    return _table({name.format(method=method): show for name, show in FILE_COLUMNS.items()}, branches)
 
 
 def _table(columns: dict[str, Callable[[BranchFacts], str]], branches: Iterable[BranchFacts]) -> str:
@@ -162,7 +163,16 @@ class Recipe:
     command: str | None
 
 
-def recipes(branches: Sequence[BranchFacts]) -> tuple[Recipe, ...]:
+class Recorded(Protocol):
+    """A branch, or a file, with the record of its making."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def making(self) -> Making | None: ...
+
+
+def recipes(branches: Sequence[Recorded]) -> tuple[Recipe, ...]:
     """The runs that made the branches; those that differ only in time and outcome are one."""
     grouped: dict[Making, list[str]] = {}
     for branch in branches:

@@ -17,7 +17,7 @@ from quantmill.runtime.gpu import ops
 from quantmill.runtime.gpu.kernels.attention import rows_kernel, tile_kernel
 from quantmill.runtime.gpu.kernels.dense import dense_kernel
 from quantmill.runtime.gpu.kernels.norms import norm_kernel, silu_kernel, start_kernel
-from quantmill.runtime.gpu.kernels.rotary import cache_kernel
+from quantmill.runtime.gpu.kernels.rotary import cache_kernel, turn_kernel
 from quantmill.runtime.gpu.kernels.sampling import draw_kernel, peaks_kernel
 
 FLOAT32 = (
@@ -51,7 +51,7 @@ INTEGERS = (
     "position",
 )
 HALVES = ("key_scales", "value_scales")
-ACTIVATIONS = ("qkv", "out", "x", "weight", "added", "gate_up", "embedding", "after")
+ACTIVATIONS = ("qkv", "out", "x", "weight", "added", "gate_up", "embedding", "after", "turned")
 SCALARS = ("epsilon", "times", "scale", "unscale")
 HEADS = {"H": 32, "KVH": 8, "D": 128, "BLOCK_D": 128, "PAGE": 64, "EPSILON": 1e-5, "HAS_NORM": False}
 
@@ -68,7 +68,7 @@ def compiled(
         elif name in FLOAT32:
             kinds[name] = "*fp32"
         elif name in WORDS:
-            kinds[name] = "*i64" if constants["POSTED"] else "*fp32"
+            kinds[name] = "*i64" if constants.get("POSTED") else "*fp32"
         elif name in INTEGERS or (name == "places" and "logits" in names):
             kinds[name] = "*i32"
         elif name in HALVES:
@@ -112,6 +112,7 @@ def main() -> None:
             report[f"cache {dtype} {fp8}"] = compiled(
                 cache_kernel, {**shared, "BLOCK": 16, "PDL": early}, capability, dtype, 1, 3
             )
+        report[f"turn {dtype}"] = compiled(turn_kernel, {**HEADS, "BLOCK": 16}, capability, dtype, 4, 3)
         norm = {
             "EPSILON": 1e-5,
             "EMBED": False,

@@ -1,0 +1,152 @@
+"""One quantised model in every container: the same tokens as its dequantised weights, and at what speed.
+
+    python benchmarks/siblings_run.py FOLDER [--device cuda] [--more FOLDER_OR_FILE ...] [--threads 2]
+
+FOLDER: a GPTQ folder, 4 bits, symmetric, groups of 32 n in order. It is converted to AWQ, compressed-tensors and
+GGUF, and each runs on the fast runtime of the device. Tokens: three prompts, 48 tokens each, greedy, read back by
+the reference (the folder's dequantised weights in float32 through Transformers): how many are its first choice,
+and by how much it preferred another where not. Speed: a prompt of 512 tokens and 64 more, in turn, medians;
+ratios to the GPTQ folder's. --more: further models, compared with their own dequantised weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from quantmill.checkpoint import open_checkpoint
+from quantmill.convert import convert
+from quantmill.formats.gptq import dequantize
+from quantmill.runtime.opening import open_runtime
+from quantmill.runtime.single import SingleSequence
+from quantmill.sources import resolve
+
+PROMPTS = ("The capital of France is", "Once upon a time there was a", "In mathematics, a prime number")
+NEW, PREFILL, DECODE, REPEATS = 48, 512, 64, 5
+
+
+@dataclass
+class Model:
+    """A folder that runs, and what was seen of it."""
+
+    name: str
+    folder: Path
+    sequence: SingleSequence
+    prefill: list[float]
+    decode: list[float]
+
+
+def reference(folder: Path, device: str) -> torch.nn.Module:
+    """The folder's weights, dequantised, in float32."""
+    opened = open_checkpoint(folder)
+    facts = {k: v for k, v in opened.config.items() if k != "quantization_config"}
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps(facts))
+        config = AutoConfig.from_pretrained(name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    packed = opened.quantized_modules()
+    suffixes = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape")
+    state = {n: opened.load(n).float() for n in opened.tensors if n.rpartition(".")[2] not in suffixes}
+    state |= {f"{m}.weight": dequantize(opened.packed(m), torch.float32) for m in packed}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert missing in ([], ["lm_head.weight"]), missing
+    model.tie_weights()
+    return model.to(device).eval()
+
+
+def greedy(sequence: SingleSequence, prompt: list[int]) -> list[int]:
+    sequence.reset()
+    logits, out = sequence.read(prompt), []
+    for _ in range(NEW):
+        out.append(int(logits[0].argmax()))
+        logits = sequence.read(out[-1:])
+    return out
+
+
+def tokens_agree(model: Model, twin: torch.nn.Module, prompts: list[list[int]]) -> str:
+    same, total, worst, gap = 0, 0, 0.0, 0.0
+    for prompt in prompts:
+        out = greedy(model.sequence, prompt)
+        with torch.inference_mode():
+            ids = torch.tensor([prompt + out], device=twin.device)
+            logits = twin(ids).logits[0, len(prompt) - 1 : -1].cpu()
+        chosen = logits.gather(1, torch.tensor(out)[:, None])[:, 0]
+        lost = logits.amax(1) - chosen
+        same, total, worst = same + int((lost == 0).sum()), total + NEW, max(worst, float(lost.max()))
+        model.sequence.reset()
+        ours = torch.as_tensor(model.sequence.score(prompt)).float().cpu()
+        with torch.inference_mode():
+            theirs = twin(torch.tensor([prompt], device=twin.device)).logits[0].cpu()
+        gap = max(gap, float((ours - theirs).abs().max()))
+    return f"{same}/{total} tokens are the reference's, worst by {worst:.3f}; logits within {gap:.3f}"
+
+
+def timed(model: Model) -> None:
+    ids = [(7919 * i) % 20000 + 100 for i in range(PREFILL)]
+    model.sequence.reset()
+    began = time.perf_counter()
+    token = int(model.sequence.read(ids)[0].argmax())
+    middle = time.perf_counter()
+    for _ in range(DECODE):
+        token = int(model.sequence.read([token])[0].argmax())
+    model.prefill.append(PREFILL / (middle - began))
+    model.decode.append(DECODE / (time.perf_counter() - middle))
+
+
+def opened(name: str, place: Path, work: Path, asked: argparse.Namespace) -> Model:
+    folder = resolve(str(place), cache_dir=work / "cache", run=True)
+    runtime = open_runtime(
+        folder, device=asked.device, threads=asked.threads if asked.device == "cpu" else None, kv_tokens=4096
+    )
+    print(f"{name:<20} {runtime.facts.name}", flush=True)
+    return Model(name, folder, SingleSequence(runtime), [], [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--more", type=Path, nargs="*", default=[])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--speed-only", action="store_true")
+    asked = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(asked.folder)
+    prompts = [tokenizer(p).input_ids for p in PROMPTS]
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        places = {"gptq": asked.folder}
+        for to in ("awq", "compressed-tensors", "gguf"):
+            places[to] = convert(asked.folder, to, work / to, lambda *_: None).path
+        places |= {p.name: p for p in asked.more}
+        models = [opened(name, place, work, asked) for name, place in places.items()]
+        for model in [] if asked.speed_only else models:
+            twin = reference(model.folder, asked.device)
+            print(f"{model.name:<20} {tokens_agree(model, twin, prompts)}", flush=True)
+            del twin
+        for _ in range(REPEATS + 1):
+            for model in models:
+                timed(model)
+    first = models[0]
+    for model in models:
+        prefill, decode = (median(s[1:]) for s in (model.prefill, model.decode))
+        ratios = [
+            median(a / b for a, b in zip(mine[1:], theirs[1:], strict=True))
+            for mine, theirs in ((model.prefill, first.prefill), (model.decode, first.decode))
+        ]
+        print(
+            f"{model.name:<20} prefill {prefill:8.0f} tok/s ({ratios[0]:.2f} of GPTQ's)  "
+            f"decode {decode:7.1f} tok/s ({ratios[1]:.2f})",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
