@@ -176,7 +176,7 @@ def test_a_repository_in_the_cache(hub_cache: Path):
 
 def test_an_unknown_branch_offline_names_those_in_the_cache(hub_cache: Path):
     fill(hub_cache, "main", COMMIT, ["config.json", "model.safetensors"])
-    with pytest.raises(SourceNotFound, match=r"the cache holds main; when online: hf .* --revision x$"):
+    with pytest.raises(SourceNotFound, match=r"the cache holds main; when online: quantmill download acme/tiny:x$"):
         resolve("acme/tiny:x")
 
 
@@ -184,7 +184,7 @@ def test_an_unknown_branch_offline_names_those_in_the_cache(hub_cache: Path):
 def test_an_unknown_repository_offline(hub_cache: Path, with_folder: bool):
     if not with_folder:
         hub_cache.rmdir()
-    with pytest.raises(SourceNotFound, match=r"no folder acme/none here.*: hf download acme/none$"):
+    with pytest.raises(SourceNotFound, match=r"no folder acme/none here, and the hub.*: quantmill download acme/none$"):
         resolve("acme/none")
 
 
@@ -255,7 +255,7 @@ def online(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("source", "message"),
     [
         ("acme/tiny:nope", "acme/tiny has no branch 'nope'; it has main"),
-        ("acme/none", r"no folder acme/none here and no repository acme/none on the hub"),
+        ("acme/none", r"no folder acme/none here, and there is no repository acme/none"),
         ("acme/gated", "acme/gated is gated"),
         ("acme/ill", "acme/ill"),
     ],

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from quantmill.errors import BadRequest, SourceNotFound, UnsupportedModel
+from quantmill.errors import SourceNotFound, UnsupportedModel
+from quantmill.hub_errors import branches_of, in_our_words, listed
 
 Notify = Callable[[str], None]
 Files = Literal["model", "config"]
@@ -90,14 +91,10 @@ def _one_of(path: Path) -> str:
     entries = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
     models = [str(p) for p in entries if (p / "config.json").is_file() or p.suffix.lower() == ".gguf"]
     if models:
-        return f"; name one of {_listed(models)}"
+        return f"; name one of {listed(models)}"
     if not entries:
         return " (it is empty)"
-    return f" but {_listed([p.name for p in entries])}; name a folder in the Transformers layout"
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return f" but {listed([p.name for p in entries])}; name a folder in the Transformers layout"
 
 
 def _file(path: Path, cache: Path, notify: Notify, run: bool) -> Path:
@@ -155,58 +152,17 @@ def _convert_into(target: Path, path: Path, notify: Notify, packed: bool) -> Non
 
 def _from_hub(name: str, branch: str | None, files: Files) -> Path:
     """The snapshot folder of one branch in the shared cache, fetched as far as it is not there."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     asked = f"{name}:{branch}" if branch else name
-    try:
+    with in_our_words(asked, before=f"there is no folder {asked} here, and "):
         folder = Path(snapshot_download(name, revision=branch, allow_patterns=list(_WANTED[files])))
-    except errors.HFValidationError as error:
-        raise BadRequest(f"{name} is no repository name: {error}") from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceNotFound(f"{name} has no branch {branch!r}{_branches(name)}") from error
-    except errors.GatedRepoError as error:
-        raise SourceNotFound(
-            f"{name} is gated: accept its terms on its page, then 'hf auth login'"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceNotFound(
-            f"there is no folder {asked} here and no repository {name} on the hub that you may see: "
-            "check the name, or 'hf auth login'"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise SourceNotFound(
-            f"there is no folder {asked} here, the hub is out of reach, and the shared cache does not hold "
-            f"all of it{_branches(name)}; when online: hf download {name}"
-            + (f" --revision {branch}" if branch else "")
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise SourceNotFound(f"the hub would not hand out {asked}: {error}; try again later") from error
     if not (folder / "config.json").is_file():
         raise SourceNotFound(
-            f"{asked} holds no config.json; a .gguf file of it can be downloaded and named instead"
+            f"{asked} holds no config.json{branches_of(name)}; name a branch that does, or a .gguf file of it"
         )
     if files == "model" and not any(folder.glob("*.safetensors")):
         raise SourceNotFound(
             f"{asked} holds no .safetensors file, and pickled weights are never opened: name another"
         )
     return folder
-
-
-def _branches(name: str) -> str:
-    """The branches of a repository for an error message: the hub's, or those in the cache."""
-    from huggingface_hub import HfApi, constants, errors, scan_cache_dir
-
-    try:
-        return f"; it has {_listed([ref.name for ref in HfApi().list_repo_refs(name).branches])}"
-    except OSError:  # offline or refused; huggingface_hub's errors of both kinds are OSErrors
-        pass
-    try:
-        cached = [
-            repo
-            for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos
-            if repo.repo_id == name and repo.repo_type == "model"
-        ]
-    except errors.CacheNotFound:
-        return ""
-    refs = sorted({ref for repo in cached for revision in repo.revisions for ref in revision.refs})
-    return f"; the cache holds {_listed(refs)}" if refs else ""

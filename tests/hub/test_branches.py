@@ -7,10 +7,12 @@ import pytest
 
 from branch_folders import eval_report
 from hub_folders import OTHER
+from quantmill.errors import SourceNotFound
 from quantmill.hub.branches import read_branches
 from quantmill.hub.machine import Machine
 from quantmill.hub.publish import publish
 from quantmill.hub.publish import read_branches as read_folders
+from quantmill.sources import resolve
 
 LARGE = Machine(ram=10**12, vram=None)
 
@@ -47,6 +49,17 @@ def test_the_least_measured_loss_that_fits_is_best(measured):
     assert [b.best for b in read_branches("me/measured", measured, LARGE)] == [True, False]
     none = read_branches("me/measured", measured, Machine(ram=10**8, vram=None))
     assert [(b.fits, b.best) for b in none] == [("no", False)] * 2
+
+
+def test_a_main_that_nobody_filled_fits_nowhere(two_branches, online, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copytree(two_branches / OTHER, tmp_path / "one" / OTHER)
+    publish(read_folders(tmp_path / "one"), "me/no-main", online, private=False, notify=lambda _: None)
+    main, other = read_branches("me/no-main", online, LARGE)
+    assert (main.size, main.fits, main.best) == (0, "-", False)
+    assert (other.fits, other.best) == ("RAM", True)
+    with pytest.raises(SourceNotFound, match=rf"holds no config.json; it has {OTHER}, main; name a branch"):
+        resolve("me/no-main")
 
 
 def test_other_peoples_branches_are_read_from_names_and_configs(online):

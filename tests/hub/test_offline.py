@@ -61,7 +61,7 @@ def test_offline_without_it(unplugged):
     unplugged()
     with pytest.raises(SourceNotFound, match=r"HF_HUB_OFFLINE is set.*unset it"):
         download(ASKED, None, None, Console(mute=True))
-    with pytest.raises(SourceNotFound, match="does not hold all of it"):
+    with pytest.raises(SourceNotFound, match="shared cache does not hold all of"):
         resolve(ASKED)
 
 

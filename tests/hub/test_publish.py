@@ -147,6 +147,18 @@ def test_sizes_come_first_and_every_byte_is_counted_once(two_branches, online, t
     assert notes == ["main: unchanged", f"{OTHER}: unchanged"]
 
 
+def test_a_hub_that_takes_both_gets_large_files_whole(two_branches, hub, online, tmp_path, monkeypatch):
+    """By LFS a cut upload goes on at its byte, and no client has to cut files into chunks."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    folder = shutil.copytree(two_branches, tmp_path / "two")
+    (folder / "main" / "large.bin").write_bytes(b"l" * 12_000_000)
+    done, _ = send(folder, "me/both", online)
+    assert list_files(online, "me/both", done["main"].commit)["large.bin"].size == 12_000_000
+    assert [p.name for p in (hub.root / "repos" / "me" / "both.git" / "xet").iterdir()] == ["epoch"]
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "said"),
     [

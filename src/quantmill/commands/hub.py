@@ -17,9 +17,7 @@ def serve_hub(root: Path, host: str, port: int, console: Console) -> None:
         console.say(f"serving {root} at {address}")
         console.say(f"  publish: quantmill publish DIR owner/name --endpoint {address}")
         console.say(f"  read:    HF_ENDPOINT={address} quantmill download owner/name:branch")
-        console.say(
-            f"  any client: HF_ENDPOINT={address}; hf upload of more than 32 MB: HF_HUB_DISABLE_XET=1"
-        )
+        console.say(f"  any client of the Hugging Face Hub: HF_ENDPOINT={address}")
         if Store.open(root).accounts.open:
             console.say("there are no tokens: whoever reaches this address may read and write (--add-token)")
 

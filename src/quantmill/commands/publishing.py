@@ -28,7 +28,9 @@ def publish_folder(
     for branch in branches:
         console.say(f"{branch.name}: {len(branch.files)} files, {gigabytes(branch.size)}")
     if branches[0].name != MAIN:
-        console.note(f"there is no folder {MAIN}: whoever names no branch will find an empty one")
+        console.note(
+            f"there is no folder {MAIN}: who names no branch will find an empty one; rename one to have it there"
+        )
     if dry_run:
         console.say("nothing was sent")
         return _document(

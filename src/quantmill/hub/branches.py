@@ -17,8 +17,9 @@ from quantmill.formats.config import config_from_json
 from quantmill.formats.dialects import Layout, method
 from quantmill.hub.card_facts import CHECK_REPORT, EVAL_REPORT
 from quantmill.hub.machine import Machine
-from quantmill.hub.remote import RemoteFile, in_our_words, list_files
+from quantmill.hub.remote import RemoteFile, list_files
 from quantmill.hub.variants import MAIN, parse_branch
+from quantmill.hub_errors import in_our_words
 from quantmill.types import Json, QuantConfig
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _read(name: str, branch: str, commit: str, api: HfApi, machine: Machine) -> 
         mean_kl=_number(measured.get("mean_kl")),
         perplexity=_number(measured.get("perplexity")),
         loaders=tuple(k for k, v in loaders.items() if v == "yes") if isinstance(loaders, dict) else None,
-        fits=machine.fits(size),
+        fits=machine.fits(size) if size else "-",
     )
 
 

@@ -25,13 +25,12 @@ from quantmill.hub import wire
 from quantmill.hub.remote import (
     RemoteFile,
     hash_file,
-    in_our_words,
     list_files,
     quiet_bars,
     token_header,
-    transport_errors,
 )
 from quantmill.hub.streams import Digest, pump, write_all
+from quantmill.hub_errors import in_our_words, transport_errors
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -199,9 +198,9 @@ class _Part:
 
     def restart(self) -> None:
         """Forget everything."""
+        self.digest.restart()
         self.stream.seek(0)
         self.stream.truncate()
-        self.digest.restart()
 
 
 def _append(out: _Part, file: RemoteFile, plan: Plan, api: HfApi, advance: Advance) -> None:

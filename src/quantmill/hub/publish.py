@@ -22,19 +22,26 @@ from quantmill.doctor import check
 from quantmill.doctor.private import cleaned, telling_texts
 from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError
 from quantmill.hub import wire
-from quantmill.hub.card_facts import branch_folders, read_branch
+from quantmill.hub.card_facts import (
+    EVAL_REPORT,
+    ORIGINAL_CARD,
+    QUANTIZE_REPORT,
+    branch_folders,
+    read_branch,
+)
+from quantmill.hub.card_gguf import ENDING, gguf_folders, read_files
 from quantmill.hub.paths import path_fault
 from quantmill.hub.remote import (
     Hashes,
     RemoteFile,
     hash_file,
-    in_our_words,
     list_files,
     quiet_bars,
     token_header,
 )
 from quantmill.hub.upload import Advance, Meter, Uploads
 from quantmill.hub.variants import MAIN
+from quantmill.hub_errors import in_our_words
 from quantmill.types import Level
 
 if TYPE_CHECKING:
@@ -84,6 +91,9 @@ def read_branches(folder: Path) -> tuple[Branch, ...]:
 
     Raises SourceNotFound, BadCheckpoint where the doctor finds an error or a branch has no card.
     """
+    if places := gguf_folders(folder):
+        _refuse_telling(places)
+        return (_gguf_branch(folder, places),)
     found = branch_folders(folder)
     names = [f.name if f != folder else read_branch(f).name for f in found]
     branches = [
@@ -95,6 +105,23 @@ def read_branches(folder: Path) -> tuple[Branch, ...]:
         if CARD not in branch.files:
             raise BadCheckpoint(f"{path} has no card: type quantmill card {folder} first")
     return tuple(sorted(branches, key=lambda b: (b.name != MAIN, b.name)))
+
+
+def _gguf_branch(folder: Path, places: Sequence[Path]) -> Branch:
+    """GGUF files side by side in one branch, as their readers look for them; reports take the files' names."""
+    read_files(folder)  # raises where a header is damaged
+    if not (folder / CARD).is_file():
+        raise BadCheckpoint(f"{folder} has no card: type quantmill card {folder} first")
+    files, sums = {CARD: folder / CARD}, dict[str, str]()
+    for place in places:
+        known = manifest.read_manifest(place) or {}
+        for path in sorted(place.glob(f"*{ENDING}")):
+            files[path.name] = path
+            sums |= {path.name: known[path.name]} if path.name in known else {}
+            for report in (p for p in (place / QUANTIZE_REPORT, place / EVAL_REPORT) if p.is_file()):
+                files[f"{path.name.removesuffix(ENDING)}.{report.name}"] = report
+        files |= {n: place / n for n in (ORIGINAL_CARD, "LICENSE") if (place / n).is_file()}
+    return Branch(MAIN, files, sums)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -307,13 +334,17 @@ def _prove(remote: Mapping[str, RemoteFile], local: Mapping[str, Hashes], where:
 
 
 def _settle_xet(api: HfApi, name: str) -> bool:
-    """Large files go by xet only where the hub has it: huggingface_hub does not ask, and fails without."""
+    """Whether large files go by xet: where the hub has it, and does not say that LFS is there as well.
+
+    A hub that takes cut LFS uploads on says so (`lfsUrl`). huggingface_hub itself asks neither, and knows xet only.
+    """
     from huggingface_hub import constants, get_session, hf_raise_for_status
 
     url = f"{api.endpoint}/api/models/{name}/xet-write-token/{MAIN}"
     answer = get_session().get(url, headers=token_header(api), follow_redirects=True)
-    if answer.status_code == 404:
-        constants.HF_HUB_DISABLE_XET = True
-        return False
-    hf_raise_for_status(answer)
-    return True
+    if answer.status_code != 404:
+        hf_raise_for_status(answer)
+        if "lfsUrl" not in answer.json():
+            return True
+    constants.HF_HUB_DISABLE_XET = True
+    return False

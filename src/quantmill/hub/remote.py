@@ -1,21 +1,21 @@
-"""A hub as huggingface_hub shows it: what a revision holds, and its errors in our words.
+"""A hub as huggingface_hub shows it: what a revision holds.
 
-Knows the protocol's errors and hashes; publish.py and download.py know what to do.
+Knows the protocol's hashes; publish.py and download.py know what to do, hub_errors.py what errors mean.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from quantmill.errors import BadCheckpoint, BadRequest, QuantmillError, SourceNotFound
+from quantmill.errors import BadCheckpoint
 from quantmill.hub.paths import path_fault
+from quantmill.hub_errors import in_our_words
 from quantmill.sources import split_branch
 
 if TYPE_CHECKING:
@@ -119,66 +119,3 @@ def quiet_bars(quiet: bool) -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def transport_errors() -> tuple[type[Exception], ...]:
-    """What huggingface_hub's HTTP client, which has changed its name, raises when a connection fails."""
-    from huggingface_hub import get_session
-
-    module = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    return (module.TransportError, ConnectionError, TimeoutError)
-
-
-@contextmanager
-def in_our_words(name: str) -> Iterator[None]:
-    """Turns errors of huggingface_hub about repository `name` into ours: one line, with the cure."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise BadRequest(f"{name} is no repository name: write owner/name") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise SourceNotFound(f"HF_HUB_OFFLINE is set, and {name} has to be asked for: unset it") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise SourceNotFound(f"the hub is out of reach, and the cache does not hold {name}") from error
-    except errors.RevisionNotFoundError as error:
-        raise SourceNotFound(
-            f"{name} has no such branch: type quantmill branches {name.partition(':')[0]}"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise SourceNotFound(
-            f"there is no repository {name} that you may see: check it, or 'hf auth login'"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise _http_error(name, error) from error
-    except transport_errors() as error:
-        raise SourceNotFound(f"the hub did not answer about {name} ({error}): type the same again") from error
-
-
-def _http_error(name: str, error: Exception) -> QuantmillError:
-    """A refusal that a token may cure, or anything else that a hub can answer."""
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    said = (response.headers.get("X-Error-Message") if response is not None else None) or "no reason given"
-    if status in (401, 403):
-        return BadRequest(f"the hub refused {name} ({said}): set HF_TOKEN to a token with that right")
-    if status == 429:
-        return QuantmillError(
-            f"the hub takes no more requests from you for now (429 at {name}){_patience(response)}: wait, then "
-            "type the same again; what arrived is not sent or fetched twice"
-        )
-    if status is not None and status >= 500:
-        return QuantmillError(
-            f"the hub is in trouble ({status} at {name}, {said}): type the same again in a few minutes; what "
-            "arrived is not sent or fetched twice"
-        )
-    if status == 412:
-        return BadRequest(f"somebody else changed {name} meanwhile: type the same again")
-    return QuantmillError(f"the hub failed at {name} with {status} ({said}): type the same again later")
-
-
-def _patience(response: Any) -> str:
-    """How long a hub asks to wait."""
-    said = response.headers.get("Retry-After", "")
-    return f", for {said} s" if said.isdecimal() else ""

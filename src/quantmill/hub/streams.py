@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import socket
 import struct
@@ -21,8 +22,9 @@ from types import TracebackType
 from typing import BinaryIO, Protocol
 
 PIECE = 1 << 20  # bytes at a time
-
+PIECES = 1 << 24  # bytes that are shown to a hash at once
 WINDOW = 32 << 20  # bytes after which the disk is set to work
+_SHOWN = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 
 
 class Source(Protocol):
@@ -77,22 +79,29 @@ class Digest:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self._done = file.fileno(), hashlib.sha256(), 0
+        self._failure: Exception | None = None
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
-            order()
+            try:
+                order()
+            except (OSError, ValueError) as error:  # no room, no disk, no such mapping
+                self._failure = error
 
     def _hash_to(self, end: int) -> None:
-        buffer = memoryview(bytearray(min(PIECE, max(1, end - self._done))))
-        while self._done < end:
-            count = os.preadv(self._file, [buffer[: end - self._done]], self._done)
-            if not count:
-                break
-            self._hash.update(buffer[:count])
-            self._done += count
+        """Out of the page cache itself: reading would copy every byte once more."""
+        while self._done < min(end, os.fstat(self._file).st_size):
+            begin = self._done - self._done % mmap.ALLOCATIONGRANULARITY
+            window = min(end - begin, PIECES)
+            with (
+                mmap.mmap(self._file, window, flags=_SHOWN, prot=mmap.PROT_READ, offset=begin) as mapped,
+                memoryview(mapped) as view,
+            ):
+                self._hash.update(view[self._done - begin :])
+            self._done = begin + window
 
     def _forget(self) -> None:
         self._hash, self._done = hashlib.sha256(), 0
@@ -102,15 +111,21 @@ class Digest:
         self._orders.put(lambda: self._hash_to(end))
 
     def restart(self) -> None:
-        """The file is empty now."""
+        """Forget everything. Afterwards the thread is at rest, and the file may be cut."""
+        done = threading.Event()
         self._orders.put(self._forget)
+        self._orders.put(done.set)
+        done.wait()
 
     def hexdigest(self, end: int) -> str:
-        """Of the first `end` bytes, when the thread has come that far."""
+        """Of the first `end` bytes, when the thread has come that far. Raises OSError where it could not."""
         found: SimpleQueue[str] = SimpleQueue()
         self.grown_to(end)
         self._orders.put(lambda: found.put(self._hash.hexdigest()))
-        return found.get()
+        digest = found.get()
+        if self._failure:
+            raise OSError(f"what has come cannot be read again: {self._failure}")
+        return digest
 
     def __enter__(self) -> Digest:
         return self

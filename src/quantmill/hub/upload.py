@@ -7,6 +7,7 @@ Upload-Offset (draft of the IETF on resumable uploads; our hub in a box does) is
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ class Uploads:
     def _send(self, path: Path, hashes: Hashes) -> bool:
         fruitless, before = 0, -1
         while fruitless < ATTEMPTS:
+            time.sleep(min(5.0, 0.1 * 2**fruitless) if fruitless else 0)  # somebody else may be sending it
             try:
                 link = self._link(hashes)
                 if link is None:
@@ -77,7 +79,7 @@ class Uploads:
                 offset = _offset(link)
                 if offset is None:
                     return False
-                fruitless, before = (0 if offset > before else fruitless + 1), offset
+                fruitless, before = (0 if offset > before else fruitless), offset
                 self.meter.reached(hashes.sha256, offset)
                 reply = wire.send_file(
                     link,

@@ -131,11 +131,18 @@ def test_a_hash_follows_its_file_and_starts_again(tmp_path):
     with (tmp_path / "f").open("w+b", buffering=0) as file, Digest(file) as digest:
         assert pump(io.BytesIO(data), file, digest, 4_000_000, lambda _: None) == 4_000_000
         assert digest.hexdigest(4_000_000) == hashlib.sha256(data[:4_000_000]).hexdigest()
+        digest.restart()
         file.seek(0)
         file.truncate()
-        digest.restart()
         assert pump(io.BytesIO(data), file, digest, 9_000_000, lambda _: None) == len(data)
         assert digest.hexdigest(len(data)) == hashlib.sha256(data).hexdigest()
+
+
+def test_a_hash_of_what_cannot_be_read_is_an_error(tmp_path):
+    with (tmp_path / "f").open("wb", buffering=0) as file, Digest(file) as digest:  # for writing only
+        file.write(b"x" * 10)
+        with pytest.raises(OSError, match="cannot be read again"):
+            digest.hexdigest(10)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +178,7 @@ def test_a_body_in_chunks(hub):
 
 
 def test_hf_upload_as_it_comes(hub, tmp_path):
-    """The client chooses xet by itself; the hub lets files of some size come in the commit instead."""
+    """The client chooses by itself how it sends what."""
     from pathlib import Path
     from sys import executable
 

@@ -98,7 +98,7 @@ def _token(header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Links to one object for one deed: clients send no token when they move large files."""
+    """Links to one object for one deed, and passes: clients send no token of theirs when they move large files."""
 
     secret: bytes
 
@@ -124,6 +124,18 @@ class Links:
             return False
         seal = self._seal(deed, repository, oid, size, expires)
         return expires > time.time() and hmac.compare_digest(seal, query.get("seal", ""))
+
+    def pass_for(self, deed: str, *about: str) -> tuple[str, int]:
+        """What to send as a token for `deed`, and when it expires (seconds since 1970)."""
+        expires = int(time.time()) + LIFETIME
+        return f"{expires}-{self._seal(deed, *about, expires)}", expires
+
+    def knows(self, authorization: str, deed: str, *about: str) -> bool:
+        """Whether an Authorization header holds a pass of ours for this, still good."""
+        expires, _, seal = _token(authorization).partition("-")
+        if not expires.isdecimal() or not expires.isascii() or int(expires) < time.time():
+            return False
+        return hmac.compare_digest(self._seal(deed, *about, int(expires)).encode(), seal.encode())
 
     def _seal(self, *parts: object) -> str:
         return hmac.new(self.secret, json.dumps(parts).encode(), hashlib.sha256).hexdigest()

@@ -14,14 +14,11 @@ from typing import Any
 from quantmill.hub.server import names
 from quantmill.hub.server.answers import Answer, as_json
 from quantmill.hub.server.lfs import Pointer, is_large
-from quantmill.hub.server.refusal import Refusal, bad, no_entry, no_repository
+from quantmill.hub.server.refusal import Refusal, bad, no_entry
 from quantmill.hub.server.repository import Change, Entry, Repository
 from quantmill.hub.server.routing import Call, Route, route
 from quantmill.hub.server.store import ATTRIBUTES, FILTER
 
-NO_XET = "this hub has no xet storage, large files go through LFS: set HF_HUB_DISABLE_XET=1"
-CURE = "/api/this-hub-has-no-xet/set/HF_HUB_DISABLE_XET=1"
-INLINE = 32_000_000  # bytes up to which a large file may come in the commit itself
 LONGEST_LINE = 64_000_000  # bytes of a commit's line: a regular file, in base64
 
 
@@ -195,15 +192,10 @@ def preupload(call: Call) -> Answer:
     rows = []
     for asked in _list(call.json(), "files"):
         path, size = names.file_path(str(asked.get("path"))), int(asked.get("size") or 0)
-        mode = "lfs" if is_large(path, size) and (size > INLINE or _does_lfs(call)) else "regular"
+        mode = "lfs" if is_large(path, size) else "regular"
         oid = entries[path].etag if path in entries else None
         rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
     return as_json({"files": rows})
-
-
-def _does_lfs(call: Call) -> bool:
-    """Whether a client goes by LFS when told to: huggingface_hub with hf_xet does not, and says nothing of it."""
-    return call.headers.get("user-agent", "").startswith("quantmill/")
 
 
 def _list(asked: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -311,23 +303,6 @@ def validate_yaml(_: Call) -> Answer:
     return as_json({"errors": [], "warnings": []})
 
 
-def no_xet(call: Call) -> Answer:
-    if call.parts["owner"] in names.RESERVED:
-        raise no_repository(call.name)
-    raise Refusal(404, NO_XET)
-
-
-def to_no_xet(call: Call) -> Answer:
-    """hf_xet shows no message of ours, only the address that failed: so the address is the message."""
-    if call.parts["owner"] in names.RESERVED:
-        raise no_repository(call.name)
-    return Answer(307, {"Location": f"{call.base}{CURE}", "X-Error-Message": NO_XET})
-
-
-def cure(_: Call) -> Answer:
-    raise Refusal(404, NO_XET)
-
-
 def healthy(_: Call) -> Answer:
     return as_json({"ok": True})
 
@@ -351,8 +326,5 @@ _TABLE: dict[str, Callable[[Call], Answer]] = {
     f"DELETE {_MODEL}/branch/{{branch}}": delete_branch,
     f"POST {_MODEL}/preupload/{{revision}}": preupload,
     f"POST {_MODEL}/commit/{{revision}}": commit,
-    f"GET {_MODEL}/xet-write-token/{{revision}}": to_no_xet,
-    f"GET {CURE}": cure,
-    f"GET {_MODEL}/xet-read-token/{{revision}}": no_xet,
 }
 ROUTES: tuple[Route, ...] = tuple(route(line, handler) for line, handler in _TABLE.items())

@@ -9,7 +9,7 @@ import ipaddress
 from urllib.parse import parse_qsl
 
 from quantmill.errors import BadRequest
-from quantmill.hub.server import api, content, git_http, names, pages
+from quantmill.hub.server import api, cas, content, git_http, names, pages
 from quantmill.hub.server.accounts import NOBODY, Account
 from quantmill.hub.server.answers import Answer, as_json
 from quantmill.hub.server.http import Request
@@ -18,7 +18,7 @@ from quantmill.hub.server.repository import Repository
 from quantmill.hub.server.routing import Call, find, split_path
 from quantmill.hub.server.store import Store
 
-ROUTES = (*api.ROUTES, *content.ROUTES, *git_http.ROUTES, *pages.ROUTES)
+ROUTES = (*api.ROUTES, *cas.ROUTES, *content.ROUTES, *git_http.ROUTES, *pages.ROUTES)
 OFFSET = "upload-offset"  # where a client goes on with an object; the answer to HEAD says where it may
 LONGEST_MESSAGE = 500  # characters
 SAFE = {
@@ -52,11 +52,11 @@ class App:
         if taken and len(parts) == 6 and parts[2:5] == ["info", "lfs", "objects"]:
             return self._object(request, f"{parts[0]}/{parts[1].removesuffix('.git')}", parts[5], asked)
         row, found = find(ROUTES, request.method, parts)
-        account = self._account(request)
+        account = NOBODY if row.sealed else self._account(request)
         base = (
             f"{request.headers.get('x-forwarded-proto', 'http')}://{request.headers.get('host', 'localhost')}"
         )
-        with request.incoming.spooled() as body:
+        with request.incoming.spooled(row.longest) as body:
             return row.handler(Call(self.store, account, found, asked, request.headers, body, base))
 
     def _account(self, request: Request) -> Account:

@@ -8,20 +8,22 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from quantmill.files import fsync
 
 TEMPORARY = ".incoming-"
 
 
-def put(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file; a reader sees the old one, or none, or the new one, also after a power cut."""
+@contextmanager
+def writing(path: Path, mode: int = 0o644) -> Iterator[IO[bytes]]:
+    """A file to be filled; a reader sees the old one, or none, or the whole new one, also after a power cut."""
     made = make_folders(path.parent)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -29,6 +31,12 @@ def put(path: Path, data: bytes, mode: int = 0o644) -> None:
         temporary.unlink(missing_ok=True)
     for folder in {path.parent, *made}:
         fsync(folder)
+
+
+def put(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file whole, or not at all."""
+    with writing(path, mode) as stream:
+        stream.write(data)
 
 
 def is_inside(folder: Path, path: Path) -> bool:

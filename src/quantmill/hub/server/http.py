@@ -21,7 +21,7 @@ from quantmill.hub.server.answers import Answer, FilePart
 from quantmill.hub.server.refusal import Refusal, bad
 from quantmill.hub.streams import SocketSource, Source, patient
 
-SPOOL, LONGEST_BODY = 8 << 20, 1 << 30  # bytes of a request: in memory, and at most
+SPOOL = 8 << 20  # bytes of a request that stay in memory
 PATIENCE = 120  # seconds that a connection may be silent
 MOST_CONNECTIONS = 256
 PIECE = 1 << 18
@@ -76,15 +76,17 @@ class Incoming:
             while self.stream.readline(8192) not in (b"\r\n", b"\n", b""):
                 pass
 
-    def spooled(self) -> IO[bytes]:
+    def spooled(self, longest: int) -> IO[bytes]:
         """All of it, in memory or in a temporary file. Raises Refusal (413) when it is too long."""
+        if (self.length or 0) > longest:
+            raise Refusal(413, f"the request is longer than {longest} bytes")
         body = tempfile.SpooledTemporaryFile(SPOOL)  # noqa: SIM115  (the caller closes it)
         buffer, size = memoryview(bytearray(PIECE)), 0
         while count := self.readinto(buffer):
             size += count
-            if size > LONGEST_BODY:
+            if size > longest:
                 body.close()
-                raise Refusal(413, f"the request is longer than {LONGEST_BODY} bytes")
+                raise Refusal(413, f"the request is longer than {longest} bytes")
             body.write(buffer[:count])
         body.seek(0)
         return body

@@ -91,7 +91,7 @@ class Objects:
 
     def receive(self, oid: str, size: int) -> Receiving:
         """Begin to take an object in. Raises Refusal (507) where the disk could not hold it."""
-        self._make_room(size)
+        self.make_room(size)
         path = self.folder / f"{TEMPORARY}{secrets.token_hex(8)}"
         return Receiving(self.path(oid), oid, size, path, path.open("x+b", buffering=0), keep=False)
 
@@ -100,7 +100,7 @@ class Objects:
 
         Raises Refusal: 409 where so many bytes are not here, or somebody else is sending them; 507.
         """
-        self._make_room(size - offset)
+        self.make_room(size - offset)
         path = self._begun(oid)
         stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
         stream.seek(0, os.SEEK_END)
@@ -125,7 +125,8 @@ class Objects:
     def _begun(self, oid: str) -> Path:
         return self.folder / f"{BEGUN}{oid}"
 
-    def _make_room(self, size: int) -> None:
+    def make_room(self, size: int) -> None:
+        """Raises Refusal (507) where the disk could not hold so many bytes more."""
         make_folders(self.folder)
         free = os.statvfs(self.folder)
         if size > free.f_bavail * free.f_frsize:

@@ -18,6 +18,7 @@ from quantmill.hub.server.refusal import Refusal, bad
 from quantmill.hub.server.store import Store
 
 LONGEST_JSON = 8_000_000  # bytes
+LONGEST_BODY = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class Route:
     method: str
     pattern: tuple[str, ...]
     handler: Handler
+    longest: int = LONGEST_BODY  # bytes of a request
+    sealed: bool = False  # the handler itself looks whose deed this is: no account's token is sent
 
     def match(self, method: str, parts: list[str]) -> dict[str, str] | None:
         """What the places stand for, None where the request is another."""
@@ -82,10 +85,10 @@ class Route:
         return found
 
 
-def route(line: str, handler: Handler) -> Route:
+def route(line: str, handler: Handler, longest: int = LONGEST_BODY, *, sealed: bool = False) -> Route:
     """A row from one line of text."""
     method, path = line.split(" ")
-    return Route(method, tuple(p for p in path.split("/") if p), handler)
+    return Route(method, tuple(p for p in path.split("/") if p), handler, longest, sealed)
 
 
 def split_path(raw: bytes) -> list[str]:

@@ -23,12 +23,13 @@ from quantmill.hub.server.accounts import Account, Accounts, Links
 from quantmill.hub.server.lfs import SUFFIXES
 from quantmill.hub.server.refusal import Refusal, no_repository
 from quantmill.hub.server.repository import Change, Repository
+from quantmill.hub.server.xet import GONE, Xorbs
 
 FACTS = "quantmill.json"
 ATTRIBUTES = ".gitattributes"
 FILTER = "filter=lfs diff=lfs merge=lfs -text"
 FORGET = 7 * 24 * 3600  # seconds
-UNBORN, GONE = ".unborn-", ".gone-"
+UNBORN = ".unborn-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +67,11 @@ class Store:
     def _forget_old_uploads(self) -> None:
         """Uploads that were cut and not gone on with."""
         for name in self.list():
-            for path in Repository(self.folder(name)).objects.all_begun():
+            repo = Repository(self.folder(name))
+            for path in repo.objects.all_begun():
                 if time.time() - path.stat().st_mtime > FORGET:
                     path.unlink()
+            Xorbs.of(repo).forget_old(FORGET)
 
     @property
     def _repos(self) -> Path:
@@ -149,7 +152,8 @@ class Store:
     def collect(self) -> tuple[int, int]:
         """Remove what no branch reaches, in a root that nobody serves. Returns objects and bytes removed."""
         with self.served():
-            freed = [Repository(self.folder(name)).collect() for name in self.list()]
+            repositories = [Repository(self.folder(name)) for name in self.list()]
+            freed = [r.collect() for r in repositories] + [Xorbs.of(r).forget() for r in repositories]
         return sum(n for n, _ in freed), sum(size for _, size in freed)
 
 
