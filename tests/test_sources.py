@@ -176,7 +176,9 @@ def test_a_repository_in_the_cache(hub_cache: Path):
 
 def test_an_unknown_branch_offline_names_those_in_the_cache(hub_cache: Path):
     fill(hub_cache, "main", COMMIT, ["config.json", "model.safetensors"])
-    with pytest.raises(SourceNotFound, match=r"the cache holds main; when online: quantmill download acme/tiny:x$"):
+    with pytest.raises(
+        SourceNotFound, match=r"the cache holds main; when online: quantmill download acme/tiny:x$"
+    ):
         resolve("acme/tiny:x")
 
 
@@ -184,7 +186,9 @@ def test_an_unknown_branch_offline_names_those_in_the_cache(hub_cache: Path):
 def test_an_unknown_repository_offline(hub_cache: Path, with_folder: bool):
     if not with_folder:
         hub_cache.rmdir()
-    with pytest.raises(SourceNotFound, match=r"no folder acme/none here, and the hub.*: quantmill download acme/none$"):
+    with pytest.raises(
+        SourceNotFound, match=r"no folder acme/none here, and the hub.*: quantmill download acme/none$"
+    ):
         resolve("acme/none")
 
 
