@@ -136,7 +136,7 @@ class Projection:
         return sum(part.nbytes for part in self.parts)
 
     def few(self, x: Tensor) -> Tensor:
-        """x (M, places) -> (M, outputs) in x's dtype; a row's bits do not depend on M, up to `same_bits_up_to()`."""
+        """x (M, places) -> (M, outputs) in x's dtype; up to `same_bits_up_to()` a row's bits do not depend on M."""
         results = [part.few(x) for part in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
