@@ -164,6 +164,14 @@ def test_resume_ends_with_the_same_bytes(blocks: int, tmp_path: Path) -> None:
         assert [m.name for m in a.modules] == [m.name for m in b.modules]
 
 
+def test_what_an_earlier_run_finished_is_told_again(tmp_path: Path) -> None:
+    src = source(tmp_path / "src")
+    run(job(src, tmp_path / "out", "4bit-32g"))
+    done, events = run(job(src, tmp_path / "out", "4bit-32g", "8bit-32g", resume=True))
+    assert [e.branch for e in events if isinstance(e, Finished)] == [f.branch for f in done]
+    assert not any(isinstance(e, ModuleSolved) and e.branch == done[0].branch for e in events)
+
+
 KILLED = """
 import sys
 sys.path[:0] = {paths!r}

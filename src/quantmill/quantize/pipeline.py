@@ -73,6 +73,8 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
     residence = _residence(job, to_do or job.variants, checkpoint)
     streams = [_open_stream(job, v, shell, residence, ranks) for v in to_do]
     tell(RunStarted(len(shell), len(shell.architecture.modules), tuple(s.variant.branch for s in streams)))
+    for done in filter(None, finished.values()):  # by an earlier run
+        tell(done)
     # block tuning turns gradients on for itself
     with _memory_named(job), torch.no_grad(), ThreadPoolExecutor(1) as writer:
         for index in range(len(shell)) if streams else ():
