@@ -29,6 +29,7 @@ def test_compiles(capability):
         "start",
         "rows",
         "tile",
+        "turn",
         "cache",
         "norm",
         "silu",
