@@ -11,7 +11,8 @@ from quantmill.errors import UnsupportedModel
 from quantmill.formats.dialects import Layout
 from quantmill.formats.gptq import dequantize
 from quantmill.quantize import awq_step, calibration
-from quantmill.quantize.awq_step import aware_scales, exact_scales, solve_scaled
+from quantmill.quantize.awq_scales import STRENGTHS, aware_scales, exact_scales, pivots, said
+from quantmill.quantize.awq_step import solve_scaled
 from quantmill.quantize.job import Job
 from quantmill.quantize.pipeline import quantize
 from quantmill.types import CalibrationSet, CheckpointFormat, QuantConfig, Variant
@@ -94,7 +95,8 @@ def test_scaling_is_kept_only_where_it_pays() -> None:
     x = torch.randn(2000, 64, generator=generator)
     x[:, ::9] *= 20
     W, H = torch.randn(32, 64, generator=generator), x.T @ x / len(x)
-    candidates = [(a, aware_scales([W], H, a)) for a in awq_step.STRENGTHS]
+    cost = pivots(H, CONFIG)
+    candidates = [(said(a, power), aware_scales([W], cost, a, power)) for a, power in STRENGTHS]
     best, plain = solve_scaled([W], H, candidates, CONFIG), solve_scaled([W], H, [], CONFIG)
     assert best.loss <= plain.loss
     assert plain.scales is None

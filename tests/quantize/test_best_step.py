@@ -64,14 +64,16 @@ def test_what_distillation_changes_is_what_is_written(
 ) -> None:
     folder = source(tmp_path / "src")
     [plain] = pipeline.quantize(job(folder, tmp_path / "plain"), lambda _: None)
-    real = best_step.distill
+    real, rows = best_step.distill, []
 
     def doubled(*arguments, **options) -> TunedBlock:
+        rows.append(arguments[3])
         done = real(*arguments, **options)
         linears = {n: dataclasses.replace(q, scales=q.scales * 2) for n, q in done.linears.items()}
         return TunedBlock(linears, {n: w * 0.5 for n, w in done.norms.items()}, done.tuned)
 
     monkeypatch.setattr(best_step, "distill", doubled)
+    monkeypatch.setattr(best_step, "OWN_TEXT", {3: 2})
     monkeypatch.setattr(tuning, "LOOK", 100)
     none = dict.fromkeys((2, 3, 4), Schedule(steps=0, rate=0.0, norm_rate=0.0))
     monkeypatch.setattr(best_step, "DISTILL", {bits: (s,) for bits, s in none.items()})
@@ -83,6 +85,9 @@ def test_what_distillation_changes_is_what_is_written(
         assert torch.equal(a[name] * factor, b[name]), name
     report = json.loads((trained.folder / "quantize_report.json").read_text())
     assert all("distilled" in m["choice"] for m in report["modules"])
+    given = job(folder, tmp_path / "plain").calibration.blocks
+    assert torch.equal(rows[0][-len(given) :], given), "what judges is what was given"
+    assert len(rows[0]) == len(given) + 2 * (len(given) - 1)
 
 
 class Stop(Exception):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quantize.test_best_step import job, source, weights
+from quantmill.errors import BadRequest
 from quantmill.quantize import pipeline
 from quantmill.quantize.memory import RESIDENCES, Residence
 
@@ -30,3 +31,30 @@ def test_starting_again_changes_nothing(preset: str, tmp_path: Path, monkeypatch
     a, b = weights(waited.folder), weights(again.folder)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_memory_that_runs_out_is_named_with_a_cure(
+    raised: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(pipeline, "_quantize_block", fail)
+    with pytest.raises(BadRequest, match=r"memory ran out within what is free .*go on with --resume"):
+        pipeline.quantize(job(source(tmp_path / "src", "llama"), tmp_path / "out"), lambda _: None)
+
+
+def test_other_errors_of_torch_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(pipeline, "_quantize_block", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        pipeline.quantize(job(source(tmp_path / "src", "llama"), tmp_path / "out"), lambda _: None)

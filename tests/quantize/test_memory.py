@@ -16,6 +16,7 @@ from quantmill.quantize.memory import (
     host_bytes,
     lane_tokens,
     load_of,
+    states_bytes,
 )
 
 GB = 10**9
@@ -55,7 +56,8 @@ def test_too_little_is_refused_with_what_it_takes() -> None:
 def test_two_streams_take_more() -> None:
     two = load(paired=(True, True, False, False))
     assert gpu_bytes(two, RESIDENCES[0]) > 1.5 * gpu_bytes(load(), RESIDENCES[0])
-    assert two.tokens == (262144, 262144, 32768, 32768, 262144, 262144)
+    assert two.tokens == (262144, 262144, 32768, 32768)
+    assert two.originals == 2 * 262144
 
 
 def test_preset_best_fits_16_gb_of_gpu_and_12_gb_of_host_memory() -> None:
@@ -63,6 +65,16 @@ def test_preset_best_fits_16_gb_of_gpu_and_12_gb_of_host_memory() -> None:
     way = choose(one, "cuda", vram=16 * GB, ram=12 * GB)
     assert not way.waiting
     assert host_bytes(one, way) <= 12 * GB
+
+
+def test_four_branches_of_preset_best_share_their_states_between_gpu_and_host() -> None:
+    four = load_of(MISTRAL_7B, CARD_GRID, 128, 2048, "cuda", [v.config.bits < 8 for v in CARD_GRID])
+    way = choose(four, "cuda", vram=16 * GB, ram=12 * GB)
+    assert way.name == "shared"
+    on_gpu, on_host = states_bytes(four, way)
+    assert on_gpu == 2 * 4096 * sum(four.tokens)
+    assert on_host == 2 * 4096 * four.originals
+    assert sum(states_bytes(four, RESIDENCES[1])) == states_bytes(four, RESIDENCES[-1])[1]
 
 
 MEASURED = (  # benchmarks/gpu_quantize.py on one H200: variants, preset best, the way, bytes that tensors took

@@ -95,3 +95,24 @@ def test_noise_samples_the_softmax() -> None:
     drawn = noise(torch.empty(0), probabilities.log().expand(40_000, 4)).argmax(-1)
     shares = torch.bincount(drawn, minlength=4) / 40_000
     assert torch.allclose(shares, probabilities, atol=0.01)
+
+
+def test_rows_gone_on_from_are_as_long_begin_alike_and_are_the_models_own(model: Any) -> None:
+    rows = torch.randint(2, 300, (3, 21))
+    state = torch.get_rng_state()
+    more = self_text.go_on(model, rows, 2, seed=1, at_once=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert more.shape == (6, 21)
+    assert torch.equal(more[:3, :5], rows[:, :5])  # eleven tokens a piece, five of them given
+    assert torch.equal(more, self_text.go_on(model, rows, 2, seed=1, at_once=5))
+    assert not torch.equal(more, self_text.go_on(model, rows, 2, seed=2, at_once=5))
+
+
+def test_what_is_gone_on_with_is_drawn_from_the_models_own_distribution(model: Any) -> None:
+    rows = torch.randint(2, 300, (1, 4)).expand(400, -1)
+    first = self_text.go_on(model, rows, 1, seed=3)[:, 1]
+    with torch.inference_mode():
+        wanted = model(rows[:1, :1]).logits[0, -1].float().softmax(-1)
+    found = torch.bincount(first, minlength=len(wanted)).float() / len(first)
+    likely = wanted.topk(20).indices
+    assert (found[likely].sum() - wanted[likely].sum()).abs() < 4 * (wanted[likely].sum() / 400).sqrt()

@@ -12,7 +12,7 @@ from torch import nn
 from quantmill.quantize.block_tuning import tune_block
 from quantmill.quantize.distill import affordable, distill
 from quantmill.quantize.presets import Schedule
-from quantmill.quantize.scaled import ScaledLinear, ScaledNorm, norm_names, trainable
+from quantmill.quantize.scaled import Grouping, ScaledLinear, ScaledNorm, norm_names, trainable
 from quantmill.quantize.solver import dequantize, solve
 from quantmill.quantize.tuning import kl_divergence, tune
 from quantmill.types import IntLinear, QuantConfig
@@ -40,6 +40,39 @@ def test_gradients_are_autograds(bits: int, group: int) -> None:
     (x @ W.T + module.bias).square().sum().backward()
     assert torch.allclose(own[0], x.grad, rtol=1e-4, atol=1e-4)
     assert torch.allclose(own[1], change.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("columns", "size"), [(24, 8), (24, 24), (20, 8), (24, 1), (7, 16)])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_groups_side_by_side_or_not_are_the_same(columns: int, size: int, shuffled: bool) -> None:
+    torch.manual_seed(0)
+    g = torch.arange(columns) // size
+    g = g[torch.randperm(columns)] if shuffled else g
+    groups = Grouping.read(g.to(torch.int32), int(g.max()) + 1)
+    assert groups.side == (
+        0 if shuffled and not torch.equal(g, torch.arange(columns) // size) else min(size, columns)
+    )
+    values, weights = torch.randn(3, groups.groups), torch.randn(3, columns)
+    assert torch.equal(groups.spread(values), values[:, g])
+    wanted = torch.stack([weights[:, g == i].sum(1) for i in range(groups.groups)], 1)
+    assert torch.allclose(groups.sum(weights), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_latents_that_lean_towards_the_weight_are_stored_as_they_were_solved(sym: bool) -> None:
+    torch.manual_seed(0)
+    weight, config = torch.randn(6, 24), QuantConfig(bits=2, group_size=8, sym=sym)
+    linear = solve(weight, torch.eye(24), config).linear
+    lean = ScaledLinear(linear, None, torch.float32, config.max_code, weight, lean=1.0)
+    assert lean.latent is not None
+    assert not torch.equal(lean.latent, lean.latent.round())
+    assert torch.equal(lean.stored().codes, linear.codes)
+    steps = linear.scales.float()[:, linear.g_idx.long()]
+    inside = (weight - dequantize(linear)).abs() < 0.4 * steps.abs()
+    inside &= (linear.codes > 0) & (linear.codes < config.max_code)  # none that the grid's ends hold back
+    assert inside.any()
+    found = steps * lean.latent
+    assert torch.allclose(found[inside], weight[inside], atol=1e-5)
 
 
 def test_untrained_it_is_the_packed_linear() -> None:

@@ -14,12 +14,14 @@ from quantmill.architectures import LinearGroup
 from quantmill.errors import BadCheckpoint
 from quantmill.quantize.moments import Moments
 from quantmill.quantize.presets import Recipe, module_recipe
-from quantmill.quantize.refine import solve_best
+from quantmill.quantize.ranks import Ranks
 from quantmill.quantize.solver import Solution, dequantize
+from quantmill.quantize.spread import solve_best_spread, sum_moments
 from quantmill.quantize.two_streams import Keep, Pair, PairedBlock
 from quantmill.types import IntLinear, ModuleReport, QuantConfig
 
 OnReport = Callable[[ModuleReport], None]
+ALONE = Ranks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,12 @@ def solve_block(
     *,
     keep: Keep | None = None,
     waiting: bool = True,
+    ranks: Ranks = ALONE,
 ) -> SolvedPair:
     """Solve every group of a block on what the groups before it hand over; a pure function of tensors.
 
-    `keep` and `waiting` as `PairedBlock.run` has them: with `keep`, the result holds no outputs.
+    `keep` and `waiting` as `PairedBlock.run` has them: with `keep`, the result holds no outputs. ranks: those
+    that have the other pairs of the same block; every one gets all linears.
     """
     linears: dict[str, IntLinear] = {}
     reports: list[ModuleReport] = []
@@ -61,7 +65,9 @@ def solve_block(
 
         def at_group(group: LinearGroup, fit: Moments, judge: Moments | None) -> None:
             began = time.perf_counter()
-            solutions = _solve_group(paired, group, fit, judge, config_of(group.modules[0]), recipe, prefix)
+            fit, judge = sum_moments(fit, judge, ranks)
+            config = config_of(group.modules[0])
+            solutions = _solve_group(paired, group, fit, judge, config, recipe, prefix, ranks)
             seconds = (time.perf_counter() - began) / len(solutions)
             for module, s in zip(group.modules, solutions, strict=True):
                 linears[module] = s.linear
@@ -81,11 +87,11 @@ def _solve_group(
     config: QuantConfig,
     recipe: Recipe,
     prefix: str,
+    ranks: Ranks,
 ) -> list[Solution]:
-    W, recipe = torch.cat([paired.weight(m) for m in group.modules]), module_recipe(recipe, config)
-    weights = torch.split(W, [len(paired.taps[m].source) for m in group.modules])
+    weights = [paired.weight(m) for m in group.modules]
     try:
-        return solve_best(weights, fit.goal(W), judge.goal(W) if judge else None, config, recipe)
+        return solve_best_spread(weights, fit, judge, config, module_recipe(recipe, config), ranks)
     except BadCheckpoint as e:
         raise BadCheckpoint(f"{prefix}{group.modules[0]}: {e}") from e
 

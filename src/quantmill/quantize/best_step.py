@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from quantmill.architectures import LinearGroup
+from quantmill.architectures import LinearGroup, dimensions
 from quantmill.checkpoint import Checkpoint
 from quantmill.formats.gptq import pack, unpack
 from quantmill.quantize.arithmetic import matmul_dtype
@@ -23,7 +23,8 @@ from quantmill.quantize.best import held_lanes, replay_block, solve_block
 from quantmill.quantize.block_tuning import tune_block
 from quantmill.quantize.distill import affordable, distill
 from quantmill.quantize.job import Job, ModuleSolved, OnEvent
-from quantmill.quantize.presets import DISTILL, TUNE, Recipe, lowest_bits
+from quantmill.quantize.presets import DISTILL, OWN_TEXT, TUNE, Recipe, lowest_bits
+from quantmill.quantize.self_text import go_on
 from quantmill.quantize.states import States
 from quantmill.quantize.two_streams import Pair
 from quantmill.quantize.work import SolvedBlock
@@ -96,6 +97,7 @@ class BestStep:
             self.matmul_dtype,
             keep=None if self.tune else self.pairs.keep,  # tuning needs what came in, too
             waiting=self.stream.residence.waiting,
+            ranks=self.stream.ranks,
         )
         linears, norms, reports, after = solved.linears, {}, solved.reports, solved.pairs
         if self.tune:
@@ -222,6 +224,10 @@ def _distil(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> So
     for name in [n for n in tensors if n.endswith(".weight")]:
         _set_weight(student, name.removesuffix(".weight"), tensors[name].float().to(job.device))
     held = max(1, round(HELD_ROWS * len(rows)))
+    if copies := OWN_TEXT[lowest_bits(stream.variant)]:
+        at_once = max(1, _free_bytes(job) // 4 // _writing_bytes(checkpoint, rows.shape[1]))
+        own = go_on(original, rows[:-held], copies, seed=job.calibration.seed, at_once=min(512, at_once))
+        rows = torch.cat([own, rows])
     configs = {name: stream.variant.config_of(name) for name in linears}
     codes = {name: c.max_code for name, c in configs.items()}
     count = sum(q.codes.numel() for q in linears.values())
@@ -236,6 +242,12 @@ def _distil(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> So
     changed |= {f"{name}.weight": w.half().cpu() for name, w in done.norms.items()}
     gain = f"distilled {done.tuned.before:.4g} -> {done.tuned.after:.4g}{remark}"
     return SolvedBlock(changed, tuple(replace(r, choice=f"{r.choice}, {gain}") for r in stream.reports))
+
+
+def _writing_bytes(checkpoint: Checkpoint, tokens: int) -> int:
+    """Bytes of one row while the model writes: keys and values in float32, a row of logits four times."""
+    d = dimensions(checkpoint.config)
+    return 4 * (2 * d.layers * d.kv_heads * d.head_dim * tokens + 4 * d.vocab)
 
 
 def _free_bytes(job: Job) -> int:

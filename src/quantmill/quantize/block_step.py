@@ -19,7 +19,7 @@ from quantmill.quantize.job import ModuleSolved, OnEvent
 from quantmill.quantize.lanes import TappedBlock
 from quantmill.quantize.shell import Shell
 from quantmill.quantize.solver import dequantize
-from quantmill.quantize.spread import solve_spread
+from quantmill.quantize.spread import solve_spread, sum_hessian
 from quantmill.quantize.work import SolvedBlock
 from quantmill.types import IntLinear, ModuleReport, PackedLinear, QuantConfig
 
@@ -41,6 +41,7 @@ class BlockStep:
         """Solve every group on what the groups before it hand over: quantised ones, if true-sequential."""
 
         def at_group(group: LinearGroup, hessian: Hessian) -> None:
+            sum_hessian(hessian, self.stream.ranks)
             for report in self._solve_group(group, hessian):
                 on_event(ModuleSolved(self.stream.variant.branch, report))
 
@@ -60,7 +61,6 @@ class BlockStep:
 
     def _solve_group(self, group: LinearGroup, hessian: Hessian) -> list[ModuleReport]:
         began, ranks = time.perf_counter(), self.stream.ranks
-        hessian.tokens = ranks.add_up(hessian.sum, hessian.tokens)
         weights = [self.tapped.weight(m) for m in group.modules]
         try:
             config = self._config_of(group.modules[0])  # a group's linears share a setting

@@ -46,7 +46,7 @@ def tune_block(
     with (
         torch.inference_mode(False),
         tensor_cores(),
-        trainable(block, linears, norm_names(block), dtype, codes) as modules,
+        trainable(block, linears, norm_names(block), dtype, codes, schedule.lean) as modules,
     ):
         scale = 1.0 / float(wanted[0].var())
 

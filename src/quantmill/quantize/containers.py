@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadRequest
+from quantmill.quantize.awq_best import AwqBestStep
 from quantmill.quantize.awq_out import write_awq_variant
 from quantmill.quantize.awq_step import AwqStep
 from quantmill.quantize.block_step import BlockStep
@@ -35,12 +36,12 @@ class Container:
 
     step: type[BlockStep] | None  # None: the preset's
     write: Writer
-    best: type[GgufBestStep] | None = None  # what solves under a preset of two streams, where that differs
+    best: type[GgufBestStep | AwqBestStep] | None = None  # under a preset of two streams, where that differs
 
 
 CONTAINERS = {
     "gptq": Container(None, write_variant),
-    "awq": Container(AwqStep, write_awq_variant),
+    "awq": Container(AwqStep, write_awq_variant, AwqBestStep),
     "gguf": Container(GgufStep, write_gguf_variant, GgufBestStep),
 }
 

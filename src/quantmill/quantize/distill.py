@@ -79,7 +79,7 @@ def _trained(
     with (
         torch.inference_mode(False),
         tensor_cores(),
-        trainable(student, linears, norm_names(student), torch.float32, codes) as modules,
+        trainable(student, linears, norm_names(student), torch.float32, codes, schedule.lean) as modules,
     ):
         tuned = tune(modules, schedule, lambda i: loss(fit[i]), len(fit), lambda i: loss(held[i]), len(held))
         new = {name: m.stored() for name, m in changed_scales(modules).items()}

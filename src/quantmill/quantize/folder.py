@@ -123,6 +123,7 @@ def _write_configs(folder: Path, checkpoint: Checkpoint, variant: Variant, repor
 
 
 def copy_companions(source: Path, folder: Path, config: Json) -> None:
+    """Copy tokenizer files and the card (as ORIGINAL_CARD.md); make a generation config if there is none."""
     for name in COMPANIONS:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
@@ -136,11 +137,18 @@ def copy_companions(source: Path, folder: Path, config: Json) -> None:
 
 
 def build_report(
-    job: Job, variant: Variant, modules: Iterable[ModuleReport], rows: int, **measured: object
+    job: Job,
+    variant: Variant,
+    modules: Iterable[ModuleReport],
+    *,
+    rows: int,
+    identity: Json,
+    seconds: float,
+    peak_ram_bytes: int,
 ) -> Json:
     """The record that makes a variant repeatable: settings, data, versions, and what became of every module.
 
-    `measured` carries identity, seconds and peak_ram_bytes.
+    rows: of calibration tokens that the variant used; identity: what decides its bytes.
     """
     listed = list(modules)
     calibration = job.calibration
@@ -165,6 +173,8 @@ def build_report(
         "fallbacks": [f"{m.name}: {m.fallback}" for m in listed if m.fallback],
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "numba")},
         "command": public_command(job.command),
-        **measured,
+        "identity": identity,
+        "seconds": seconds,
+        "peak_ram_bytes": peak_ram_bytes,
         "modules": [dataclasses.asdict(m) for m in listed],
     }

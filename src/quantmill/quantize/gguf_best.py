@@ -30,6 +30,7 @@ from quantmill.quantize.presets import Recipe
 from quantmill.quantize.refine import Shift, choose_target
 from quantmill.quantize.shell import Shell
 from quantmill.quantize.solver import factorise, refuse_non_finite, relative_loss
+from quantmill.quantize.spread import sum_moments
 from quantmill.quantize.two_streams import PairedBlock
 from quantmill.quantize.work import SolvedBlock
 from quantmill.types import ModuleReport
@@ -59,6 +60,7 @@ class GgufBestStep:
         """Solve every group on what the groups before it hand over, and send both streams on."""
 
         def at_group(group: LinearGroup, fit: Moments, judge: Moments | None) -> None:
+            fit, judge = sum_moments(fit, judge, self.stream.ranks)
             for report in self._solve_group(group, fit, judge):
                 on_event(ModuleSolved(self.stream.variant.branch, report))
 

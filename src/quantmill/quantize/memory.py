@@ -27,12 +27,14 @@ class Residence:
     name: str
     on_host: bool
     waiting: bool
+    originals_on_host: bool = False  # of preset best's two streams, the original's
 
 
 RESIDENCES = (  # from the fastest to the most frugal
     Residence("resident", on_host=False, waiting=True),
     Residence("rerun", on_host=False, waiting=False),
-    Residence("host", on_host=True, waiting=False),
+    Residence("shared", on_host=False, waiting=False, originals_on_host=True),
+    Residence("host", on_host=True, waiting=False, originals_on_host=True),
 )
 
 
@@ -43,10 +45,15 @@ class Load:
     hidden: int
     intermediate: int
     groups: tuple[tuple[int, int], ...]  # (N, K) of the linears that are solved as one
-    tokens: tuple[int, ...]  # per stream of hidden states: of every variant, and of the originals beside them
+    tokens: tuple[int, ...]  # of every variant's hidden states
+    originals: int  # tokens of the original's hidden states, where variants take them along
     waiting: int  # tokens of the largest variant, whose batches wait at a group, one or two for each token
     lane_tokens: int
-    two_streams: bool = False  # preset best: the original's activations beside the quantised model's
+
+    @property
+    def two_streams(self) -> bool:
+        """Preset best: the original's activations beside the quantised model's."""
+        return self.originals > 0
 
     @property
     def weights(self) -> int:
@@ -79,7 +86,7 @@ def load_of(
     beside = [tokens for tokens, two in zip(own, paired, strict=False) if two]
     widest = max(beside or own)
     lane = lane_tokens(device, seqlen)
-    return Load(dims.hidden, dims.intermediate, groups, (*own, *beside), widest, lane, bool(beside))
+    return Load(dims.hidden, dims.intermediate, groups, tuple(own), sum(beside), widest, lane)
 
 
 def lane_tokens(device: str, seqlen: int) -> int:
@@ -87,9 +94,16 @@ def lane_tokens(device: str, seqlen: int) -> int:
     return max(1, LANE_TOKENS[device] // seqlen) * seqlen
 
 
+def states_bytes(load: Load, residence: Residence) -> tuple[int, int]:
+    """Hidden states between blocks, in float16: bytes on the GPU, bytes in pinned host memory."""
+    own, originals = 2 * load.hidden * sum(load.tokens), 2 * load.hidden * load.originals
+    on_host = own * residence.on_host + originals * residence.originals_on_host
+    return own + originals - on_host, on_host
+
+
 def gpu_bytes(load: Load, residence: Residence) -> int:
     """GPU memory at the worst moment, the driver's part included."""
-    states = 0 if residence.on_host else 2 * sum(load.tokens) * load.hidden
+    states, _ = states_bytes(load, residence)
     block = 4 * load.weights  # as stored, and what taps multiply with
     lane = load.lane_tokens * (16 * load.hidden + 12 * load.intermediate)
     # a token at the last group: the block's input, the residual and the normed residual, that group's input in
@@ -106,14 +120,14 @@ def gpu_bytes(load: Load, residence: Residence) -> int:
 def host_bytes(load: Load, residence: Residence) -> int:
     """Host memory at the worst moment of a run on a GPU: pinned states, pinned weights of two blocks, as much
     again for the file they are read from, packed blocks on their way to disk and the embedding."""
-    states = 2 * sum(load.tokens) * load.hidden if residence.on_host else 0
+    _, states = states_bytes(load, residence)
     return HOST_BASE + states + 8 * load.weights
 
 
 def cpu_bytes(load: Load, residence: Residence) -> int:
     """Host memory at the worst moment of a run on the CPU."""
     streams = 1 + load.two_streams
-    states = 4 * sum(load.tokens) * load.hidden
+    states = 4 * (sum(load.tokens) + load.originals) * load.hidden
     held = load.waiting if residence.waiting else load.lane_tokens
     lanes = (
         2 * 4 * held * (3 * load.hidden + load.widest) * streams

@@ -54,11 +54,20 @@ class Moments:
     def tokens(self) -> int:
         return self.hessian.tokens
 
-    def goal(self, W: Tensor) -> Goal:
-        """The goal of stacked original weights W (N, K); ends the summing, and gives C's and D's memory back."""
+    def empty(self) -> Moments:
+        """Sums over no tokens, of the same sizes."""
+        none = Moments(len(self.cross), self.cross.device)
+        none.mismatch = None if self.mismatch is None else torch.zeros_like(self.mismatch)
+        return none
+
+    def goal(self, W: Tensor, rows: slice = slice(None)) -> Goal:
+        """The goal of stacked original weights W (N, K); ends the summing, and gives C's and D's memory back.
+
+        rows: which of the group's rows W holds, where not all.
+        """
         R = precise_product(W, self.cross)
         if self.mismatch is not None:
-            R += self.mismatch
+            R += self.mismatch[rows]
         self.cross, self.mismatch = R.new_empty(0), None
         return Goal(self.hessian.mean(), R.div_(max(1, self.tokens)), self.tokens)
 

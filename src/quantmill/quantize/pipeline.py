@@ -71,7 +71,8 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
     to_do = [v for v in job.variants if finished[v.branch] is None]
     _refuse_unspread(job, to_do, ranks)
     residence = _residence(job, to_do or job.variants, checkpoint)
-    streams = [_open_stream(job, v, shell, residence, ranks) for v in to_do]
+    with _memory_named(job):
+        streams = [_open_stream(job, v, shell, residence, ranks) for v in to_do]
     tell(RunStarted(len(shell), len(shell.architecture.modules), tuple(s.variant.branch for s in streams)))
     for done in filter(None, finished.values()):  # by an earlier run
         tell(done)
@@ -81,7 +82,8 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
             _quantize_block(job, shell, index, streams, writer, tell)
         for stream in streams:
             _settle(stream, tell)
-            stream.hidden.release()
+            for states in filter(None, (stream.hidden, stream.original)):
+                states.release()
     for stream in streams if ranks.first else ():
         finish(job, checkpoint, stream, len(shell))
         done = _write(job, checkpoint, stream, len(shell))
@@ -92,12 +94,17 @@ def quantize(job: Job, on_event: OnEvent) -> list[Finished]:
     return made
 
 
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")  # what torch, CUDA, cuBLAS and cuSOLVER say
+
+
 @contextmanager
 def _memory_named(job: Job) -> Iterator[None]:
-    """What torch raises when a GPU's memory runs out, as an error with a cure."""
+    """What torch raises when a GPU's memory runs out, as an error with a cure; the libraries beside it, too."""
     try:
         yield
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not any(words in str(e) for words in OUT_OF_MEMORY):
+            raise
         limit = "what is free" if job.max_vram is None else f"--max-vram {job.max_vram / 1e9:.1f}GB"
         raise BadRequest(
             f"the GPU's memory ran out within {limit} ({str(e).splitlines()[0][:100]}): finished blocks are "
@@ -112,10 +119,13 @@ def _refuse_unspread(job: Job, variants: Sequence[Variant], ranks: Ranks) -> Non
     ranks.refuse_unless_alike(
         f"{job.calibration.fingerprint} {job.preset} {job.variants}", "tokens or settings"
     )
+    if job.tune_blocks or job.distill:
+        raise BadRequest("--tune-blocks and --distill train in one process: leave torchrun or them out")
     for v in variants:
-        if container_of(v).step is not None or recipe_of(job.preset, v).two_streams:
+        rows = len(calibration_rows(job.calibration.blocks, v.config))
+        if compares_streams(v, job.preset) and rows < ranks.size:
             raise BadRequest(
-                f"{v.branch}: several processes make GPTQ folders with --preset fast: start one alone"
+                f"{v.branch}: {ranks.size} processes have {rows} rows of tokens: raise --samples, or start fewer"
             )
 
 
@@ -149,15 +159,18 @@ def _open_stream(job: Job, variant: Variant, shell: Shell, residence: Residence,
     rows = calibration_rows(job.calibration.blocks, variant.config)
     per_lane = lane_tokens(shell.device.type, rows.shape[1]) // rows.shape[1]
     two = compares_streams(variant, job.preset)
-    per_lane = lane_rows(len(rows), per_lane) if two else min(per_lane, -(-len(rows) // ranks.size))
+    per_lane = (
+        lane_rows(len(rows) // ranks.size, per_lane) if two else min(per_lane, -(-len(rows) // ranks.size))
+    )
     lanes = ranks.mine(torch.split(rows, per_lane))
 
-    def states() -> States:
-        return States((shell.embed(ids) for ids in lanes), shell.device, on_host=residence.on_host)
+    def states(on_host: bool) -> States:
+        return States((shell.embed(ids) for ids in lanes), shell.device, on_host=on_host)
 
-    original = states() if two else None
+    original = states(residence.originals_on_host) if two else None
+    hidden = states(residence.on_host)
     return Stream(
-        variant, work, states(), residence, [], ranks=ranks, kept=kept, rows=len(rows), original=original
+        variant, work, hidden, residence, [], ranks=ranks, kept=kept, rows=len(rows), original=original
     )
 
 
@@ -278,3 +291,10 @@ def peak_ram_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_vram_bytes(device: str) -> tuple[int, int] | None:
+    """The most that tensors took of a GPU's memory, and that torch held for them, in bytes; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

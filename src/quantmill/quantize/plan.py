@@ -36,6 +36,7 @@ class VariantPlan:
     seconds: float
 
     def to_json(self) -> Json:
+        """A row of the document that `--json` prints."""
         return {
             "branch": self.branch,
             "bits": self.config.bits,

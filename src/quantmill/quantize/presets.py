@@ -35,6 +35,7 @@ class Schedule:
     rate: float
     norm_rate: float
     code_rate: float = 0.0  # of the codes, in steps of the grid; 0: they stay as solved
+    lean: float = 0.0  # how far codes start towards the original weight, a share of what keeps them as solved
     warmup: float = 0.05
 
 
@@ -77,8 +78,8 @@ def refuse_unknown(preset: str, trained: bool) -> None:
 
 # Steps; learning rates of scales and norms (relative to their size) and of codes (in steps of the grid); by bits.
 TUNE = {
-    2: Schedule(steps=100, rate=1e-3, norm_rate=1e-3, code_rate=1e-2),
-    3: Schedule(steps=100, rate=1e-3, norm_rate=1e-3, code_rate=1e-2),
+    2: Schedule(steps=100, rate=1e-3, norm_rate=1e-3, code_rate=3e-2),
+    3: Schedule(steps=100, rate=1e-3, norm_rate=1e-3, code_rate=3e-2),
     4: Schedule(steps=100, rate=5e-4, norm_rate=5e-4),
 }
 # One after the other, each from the best state of the one before.
@@ -93,3 +94,5 @@ DISTILL = {
     ),
     4: (Schedule(steps=150, rate=1e-3, norm_rate=1e-3),),
 }
+# Rows that the original model writes itself to be distilled on, times the calibration rows.
+OWN_TEXT = {2: 0, 3: 0, 4: 0}

@@ -3,9 +3,9 @@
     torchrun --nproc-per-node N -m quantmill quantize ...
     torchrun --nproc-per-node N -m quantmill eval ...
 
-Batches of tokens are spread over the ranks, and their Hessians added up; every rank factors the same H and
-solves its share of the rows, which do not know of each other; codes and scales go to all. Rank 0 alone
-writes. Sums of floats in another order aside, the result is that of one process.
+Batches of tokens are spread over the ranks, and their moments added up; every rank factors the same H and
+solves its share of the rows (spread.py), which do not know of each other; codes and scales go to all. Rank 0
+alone writes. Sums of floats in another order aside, the result is that of one process.
 """
 
 from __future__ import annotations
@@ -67,6 +67,19 @@ class Ranks:
             dist.all_reduce(total)
             dist.all_reduce(count)
         return int(count)
+
+    def total(self, sums: list[float]) -> list[float]:
+        """All ranks' numbers added up, one by one: the same bits on all ranks."""
+        if self.size == 1:
+            return sums
+        import torch.distributed as dist
+
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        box = torch.tensor(sums, dtype=torch.float64, device=device)
+        with _told_of_loss(self):
+            dist.all_reduce(box)
+        found: list[float] = box.tolist()
+        return found
 
     def gather_rows(self, part: Tensor, count: int) -> Tensor:
         """The rows of all ranks, in order, of a tensor with `count` rows of which this rank has its share."""

@@ -26,10 +26,10 @@ from quantmill.quantize.solver import (
     Factor,
     Solution,
     dequantize,
+    energies,
     factorise,
     group_aware_order,
     refuse_non_finite,
-    relative_loss,
     round_group_aware,
     round_to_grid,
     split_rows,
@@ -37,6 +37,13 @@ from quantmill.quantize.solver import (
 from quantmill.types import ActOrder, IntLinear, QuantConfig
 
 SHIFTED_ROWS = 4096  # of a target at a time, which is in float64 meanwhile
+
+Total = Callable[[list[float]], list[float]]  # sums over this process's rows -> over all processes' rows
+
+
+def alone(sums: list[float]) -> list[float]:
+    """`Total` where this process has all rows."""
+    return sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +67,33 @@ class Shift:
 
 
 def solve_best(
-    weights: Sequence[Tensor], fit: Goal, held: Goal | None, config: QuantConfig, recipe: Recipe
+    weights: Sequence[Tensor],
+    fit: Goal,
+    held: Goal | None,
+    config: QuantConfig,
+    recipe: Recipe,
+    total: Total = alone,
 ) -> list[Solution]:
     """Quantise linears that read the same inputs. weights: (N_i, K) float32; goals of the stacked rows.
 
-    Without held-out tokens the fit tokens judge. Raises BadCheckpoint for NaN or infinity.
+    Without held-out tokens the fit tokens judge. total: adds up what choices go by, where other processes solve
+    other rows of the same linears; N_i may then be 0. Raises BadCheckpoint for NaN or infinity.
     """
     W, rows = torch.cat(list(weights)), [len(w) for w in weights]
     refuse_non_finite(W, fit.H)
     judge = held or fit
-    T, shifts = choose_target(W, rows, fit, judge, recipe)
-    best = min(_attempts(T, fit, judge, config, recipe), key=lambda a: float(a.loss.sum()))
+    T, shifts = choose_target(W, rows, fit, judge, recipe, total)
+    best = min(_attempts(T, fit, judge, config, recipe), key=lambda a: total([float(a.loss.sum())]))
     if recipe.pooled and held is not None:
         best = _again(W, rows, pooled(fit, held), best, shifts, config)
-    linear, steps = polish(best, rows, judge, config, recipe.rounds)
-    return _report(weights, rows, linear, fit, best, shifts, steps)
+    linear, steps = polish(best, rows, judge, config, recipe.rounds, total)
+    parts = split_rows(linear, rows)
+    losses = _losses(weights, parts, fit, total)
+    return [_report(*one, best) for one in zip(parts, losses, shifts, steps, strict=True)]
 
 
 def choose_target(
-    W: Tensor, rows: list[int], fit: Goal, judge: Goal, recipe: Recipe
+    W: Tensor, rows: list[int], fit: Goal, judge: Goal, recipe: Recipe, total: Total = alone
 ) -> tuple[Tensor, tuple[Shift, ...]]:
     """T = W + a (R - W H)(H + ridge I)^-1 with a and ridge per module by the judge's loss of T unrounded."""
     T, chosen, least = W.clone(), [Shift(0.0, 0.0)] * len(rows), [0.0] * len(rows)
@@ -88,16 +103,22 @@ def choose_target(
         step = shift_step(pull, fit.H, ridge)
         slope = (against * step).sum(1, dtype=torch.float64) * -2
         bend = (precise_product(step, judge.H) * step).sum(1, dtype=torch.float64)
+        sums = total(_by_module(slope, rows) + _by_module(bend, rows))
         start = 0
         for i, count in enumerate(rows):
             now = slice(start, start + count)
-            a, b = float(slope[now].sum()), float(bend[now].sum())
+            a, b = sums[i], sums[len(rows) + i]
             strength = min(recipe.shifts, key=lambda s: s * a + s * s * b)
             if strength * a + strength**2 * b < least[i]:
                 least[i], chosen[i] = strength * a + strength**2 * b, Shift(strength, ridge)
                 T[now] = W[now] + strength * step[now]
             start += count
     return T, tuple(chosen)
+
+
+def _by_module(per_row: Tensor, rows: list[int]) -> list[float]:
+    """Sums over each module's rows."""
+    return [float(part.sum()) for part in torch.split(per_row, rows)]
 
 
 def pull_of(W: Tensor, goal: Goal) -> Tensor:
@@ -162,13 +183,14 @@ def per_row(values: Sequence[float], rows: list[int], device: torch.device) -> T
 
 
 def polish(
-    start: Attempt, rows: list[int], judge: Goal, config: QuantConfig, rounds: int
+    start: Attempt, rows: list[int], judge: Goal, config: QuantConfig, rounds: int, total: Total = alone
 ) -> tuple[IntLinear, list[int]]:
     """(descent, refit) x rounds; a module keeps a step only if its loss on the judge's tokens falls.
 
     Returns the linear and how many steps each module kept.
     """
     linear, loss = start.linear, judge.loss(dequantize(start.linear))
+    least = total(_by_module(loss, rows))
     kept = [0] * len(rows)
     steps: tuple[Callable[[IntLinear], IntLinear], ...] = (
         lambda now: refit(start.target, start.factor.damped, now),
@@ -177,15 +199,13 @@ def polish(
     for step in [steps[0], *(s for _ in range(rounds) for s in (steps[1], steps[0]))]:
         tried = step(linear)
         after = judge.loss(dequantize(tried))
-        falls = [
-            float(b.sum()) < float(a.sum())
-            for a, b in zip(torch.split(loss, rows), torch.split(after, rows), strict=True)
-        ]
+        sums = total(_by_module(after, rows))
+        falls = [b < a for a, b in zip(least, sums, strict=True)]
         kept = [k + f for k, f in zip(kept, falls, strict=True)]
         if not any(falls):
             continue
         take = per_row([float(f) for f in falls], rows, loss.device)[:, 0] > 0
-        linear, loss = _merge(take, tried, linear), torch.where(take, after, loss)
+        linear, least = _merge(take, tried, linear), [min(pair) for pair in zip(least, sums, strict=True)]
     return linear, kept
 
 
@@ -217,24 +237,17 @@ def descend(T: Tensor, H: Tensor, linear: IntLinear, max_code: int) -> IntLinear
     return IntLinear(in_place(codes, order), linear.scales, linear.zeros, linear.g_idx)
 
 
-def _report(
-    weights: Sequence[Tensor],
-    rows: list[int],
-    linear: IntLinear,
-    fit: Goal,
-    chosen: Attempt,
-    shifts: Sequence[Shift],
-    steps: list[int],
-) -> list[Solution]:
-    parts = split_rows(linear, rows)
-    return [
-        Solution(
-            part,
-            relative_loss(w, dequantize(part), fit.H),
-            chosen.factor.damp_percent,
-            chosen.fallback,
-            f"damp {chosen.factor.damp_percent:g}, {chosen.order}, shift {shift.strength:g} "
-            f"(ridge {shift.ridge:g}), {kept} refinements",
-        )
-        for w, part, shift, kept in zip(weights, parts, shifts, steps, strict=True)
-    ]
+def _losses(weights: Sequence[Tensor], parts: Sequence[IntLinear], fit: Goal, total: Total) -> list[float]:
+    """Every module's `solver.relative_loss` on the fit tokens, over the rows of all processes."""
+    pairs = zip(weights, parts, strict=True)
+    found = torch.stack([energies(w, dequantize(part), fit.H).sum(0) for w, part in pairs])
+    sums = torch.tensor(total(found.flatten().tolist()), dtype=torch.float64).view(-1, 2).tolist()
+    return [wrong / whole if whole > 0 else 0.0 for wrong, whole in sums]
+
+
+def _report(part: IntLinear, loss: float, shift: Shift, kept: int, chosen: Attempt) -> Solution:
+    damp = chosen.factor.damp_percent
+    said = (
+        f"damp {damp:g}, {chosen.order}, shift {shift.strength:g} (ridge {shift.ridge:g}), {kept} refinements"
+    )
+    return Solution(part, loss, damp, chosen.fallback, said)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +19,59 @@ from torch import Tensor, nn
 
 from quantmill.types import IntLinear
 
+EDGE = 0.45  # of a step: so far from a code may its latent start, and still be rounded to it
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Which group each of K columns is in; `side`: columns of a group where all groups lie side by side, else 0.
+
+    Side by side, as act order static leaves them, nothing is gathered or scattered; the last may be shorter.
+    """
+
+    of: Tensor  # (K,) int64
+    groups: int
+    side: int
+
+    @classmethod
+    def read(cls, g_idx: Tensor, groups: int) -> Grouping:
+        of, side = g_idx.long(), int((g_idx == 0).sum())
+        plain = side > 0 and torch.equal(of, torch.arange(len(of), device=of.device) // side)
+        return cls(of, groups, side if plain else 0)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(N, groups) -> (N, K): every group's value in all of its columns."""
+        if self.side:
+            return values.repeat_interleave(self.side, 1)[:, : len(self.of)]
+        return values[:, self.of]
+
+    def sum(self, columns: Tensor) -> Tensor:
+        """(N, K) -> (N, groups)."""
+        if self.side:
+            padded = nn.functional.pad(columns, (0, self.groups * self.side - len(self.of)))
+            return padded.unflatten(1, (self.groups, self.side)).sum(-1)
+        return columns.new_zeros(len(columns), self.groups).index_add_(1, self.of, columns)
+
 
 class _Multiply(torch.autograd.Function):
     """y = x W^T with W = s[g] * round(latent), differentiable in x, s and, straight through, the latent codes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, latent: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, scales, latent, g)
-        ctx.dtype = dtype
-        W = (scales[:, g] * _whole(latent)).to(dtype)
+    def forward(
+        ctx: Any, x: Tensor, scales: Tensor, latent: Tensor, groups: Grouping, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x, scales, latent)
+        ctx.groups, ctx.dtype = groups, dtype
+        W = (groups.spread(scales) * _whole(latent)).to(dtype)
         return nn.functional.linear(x.to(dtype), W).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scales, latent, g = ctx.saved_tensors
-        dy, centred, steps = grads[0].to(ctx.dtype), _whole(latent), scales[:, g]
+        x, scales, latent = ctx.saved_tensors
+        dy, centred, steps = grads[0].to(ctx.dtype), _whole(latent), ctx.groups.spread(scales)
         dx = (dy @ (steps * centred).to(ctx.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         dW = (dy.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)).float()
-        ds = torch.zeros_like(scales).index_add_(1, g, dW * centred)
+        ds = ctx.groups.sum(dW * centred)
         return dx, ds, dW * steps if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -47,15 +83,23 @@ def _whole(latent: Tensor) -> Tensor:
 class ScaledLinear(nn.Module):
     """Stands in for a linear: zeros as solved, scales with a trainable relative change.
 
-    With `max_code` the codes (0 to max_code) are trained, too: as `latent` (N, K) float32, less the zeros.
+    With `max_code` the codes (0 to max_code) are trained, too: as `latent` (N, K) float32, less the zeros. They
+    start at the codes, or `lean` of EDGE at most towards `origin`, the weights that the codes stand for.
     """
 
     def __init__(
-        self, linear: IntLinear, bias: Tensor | None, dtype: torch.dtype, max_code: int | None = None
+        self,
+        linear: IntLinear,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        max_code: int | None = None,
+        origin: Tensor | None = None,
+        lean: float = 0.0,
     ) -> None:
         super().__init__()
         self.solved, self.dtype = linear, dtype
-        self.g = linear.g_idx.long()
+        self.groups = Grouping.read(linear.g_idx, linear.scales.shape[1])
+        self.g = self.groups.of
         self.centred = (linear.codes.to(torch.int16) - linear.zeros.to(torch.int16)[:, self.g]).to(
             torch.int16
         )
@@ -67,18 +111,23 @@ class ScaledLinear(nn.Module):
         self.max_code, self.latent = max_code, None
         if max_code is not None:
             self.latent = nn.Parameter(self.centred.float())
+            if lean and origin is not None:
+                with torch.no_grad():
+                    away = origin.to(self.latent) / self.scales[:, self.g] - self.latent
+                    self.latent += lean * away.clamp_(-EDGE, EDGE)
+                    self.confine()
 
     def forward(self, x: Tensor) -> Tensor:
         multiply: Any = _Multiply.apply  # untyped in torch
         codes = self.centred if self.latent is None else self.latent
-        y: Tensor = multiply(x, self.scales * (1 + self.change), codes, self.g, self.dtype)
+        y: Tensor = multiply(x, self.scales * (1 + self.change), codes, self.groups, self.dtype)
         return y if self.bias is None else y + self.bias
 
     def confine(self) -> None:
         """Bring latent codes back to the grid's ends: called after every step, so that none is lost beyond them."""
         if self.latent is not None and self.max_code is not None:
-            zeros = self.solved.zeros.float()[:, self.g]
-            self.latent.copy_(torch.minimum(torch.maximum(self.latent, -zeros), self.max_code - zeros))
+            zeros = self.groups.spread(self.solved.zeros.float())
+            self.latent.copy_(torch.clamp(self.latent, -zeros, self.max_code - zeros))
 
     def stored(self) -> IntLinear:
         """The linear as it would be packed now; a scale that left float16's range keeps its old value."""
@@ -120,14 +169,18 @@ def trainable(
     norms: tuple[str, ...],
     dtype: torch.dtype,
     max_codes: Mapping[str, int] | None = None,
+    lean: float = 0.0,
 ) -> Iterator[Trainable]:
     """`root` with the named linears and norms replaced for as long as the `with` lasts.
 
-    With `max_codes`, the largest code of every linear, codes are trained, too.
+    With `max_codes`, the largest code of every linear, codes are trained, too, and start `lean` towards the weights
+    that `root` has.
     """
     originals = {name: root.get_submodule(name) for name in (*linears, *norms)}
     new: Trainable = {
-        n: ScaledLinear(q, _bias(originals[n]), dtype, max_codes[n] if max_codes else None)
+        n: ScaledLinear(
+            q, _bias(originals[n]), dtype, max_codes[n] if max_codes else None, originals[n].weight, lean
+        )
         for n, q in linears.items()
     }
     new |= {n: ScaledNorm(originals[n]) for n in norms}

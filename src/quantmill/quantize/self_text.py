@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BATCH = 32  # rows written together
 ROW_TOKENS = 256
+PROMPT = 64  # tokens of a given row that the model goes on from
 TOPICS = (
     "rivers", "the moon", "sorting algorithms", "bread", "medieval trade", "vaccines", "chess", "volcanoes",
     "electric motors", "a family dinner", "birds", "tax law", "jazz", "matrices", "a long journey", "gardens",
@@ -53,6 +54,27 @@ def write(model: Any, tokenizer: Tokenizer, *, tokens: int, seed: int) -> list[l
         if sum(map(len, rows)) >= tokens:
             break
     return rows
+
+
+def go_on(model: Any, rows: Tensor, copies: int, *, seed: int, at_once: int = 512) -> Tensor:
+    """`copies` times as many rows as there are, of the same length, written by the model: (copies R, L) int64.
+
+    rows: (R, L) token ids. A new row is two pieces, each some tokens of a row (at most PROMPT, taken from another
+    place every time) and what the model writes after them; no piece ends early. `at_once`: pieces written
+    together.
+    """
+    length = rows.shape[1]
+    half, pieces = -(-length // 2), 2 * copies
+    prompt = max(1, min(PROMPT, half // 2))
+    places = [(length - prompt) * i // pieces for i in range(pieces)]
+    starts = torch.cat([rows[:, at : at + prompt] for at in places]).to(model.device)
+    noise, config = GumbelNoise(seed), _config(half - prompt, half - prompt, None, 0)
+    # sixteen bits where they are fast: what is written need not be what float32 would have written
+    fast = torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda")
+    with torch.inference_mode(), fast:
+        written = torch.cat([_written(model, s, None, config, noise) for s in torch.split(starts, at_once)])
+    first, second = written.cpu().chunk(2)
+    return torch.cat([first, second], 1)[:, :length].clone()
 
 
 class GumbelNoise:
@@ -97,28 +119,44 @@ def _continue(
 ) -> list[list[int]]:
     """What the model writes after each start, up to the first end token, which stays.
 
-    Starts are padded on the left. Every setting that the model's generation config could bend is spelt out.
+    Starts are padded on the left.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
-
     pad, width = ends[0] if ends else 0, max(map(len, starts))
     padded = torch.tensor([[pad] * (width - len(start)) + start for start in starts], device=model.device)
     seen = torch.tensor(
         [[0] * (width - len(start)) + [1] * len(start) for start in starts], device=model.device
     )
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=ROW_TOKENS,
+    written = _written(model, padded, seen, _config(ROW_TOKENS, None, ends or None, pad), noise)
+    return [_cut(row, ends) for row in written[:, width:].tolist()]
+
+
+def _config(most: int, least: int | None, ends: list[int] | None, pad: int) -> Any:
+    """Every setting that the model's own generation config could bend is spelt out."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=most,
+        min_new_tokens=least,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=ends or None,
+        eos_token_id=ends,
         pad_token_id=pad,
     )
+
+
+def _written(model: Any, starts: Tensor, seen: Tensor | None, config: Any, noise: GumbelNoise) -> Tensor:
+    """starts (rows, n) and what comes after them; seen (rows, n): 0 where a start is padded."""
+    from transformers import LogitsProcessorList
+
     written: Tensor = model.generate(
-        padded, attention_mask=seen, generation_config=config, logits_processor=LogitsProcessorList([noise])
+        starts,
+        attention_mask=torch.ones_like(starts) if seen is None else seen,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([noise]),
     )
-    return [_cut(row, ends) for row in written[:, width:].tolist()]
+    return written
 
 
 def _cut(row: list[int], ends: list[int]) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantmill.architectures import architecture_of
+from quantmill.architectures import architecture_of, dimensions
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadCheckpoint
 from quantmill.quantize.arithmetic import matmul_dtype
@@ -73,6 +73,7 @@ class Shell:
         self.blocks = self.base.layers
         self._ahead = _Ahead(self._read_pinned, len(self.blocks)) if device.type == "cuda" else None
         self._embedding: Tensor | None = None
+        self._scale = self.architecture.embedding_scale(dimensions(checkpoint.config))
         self._frames: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
 
     def __len__(self) -> int:
@@ -82,7 +83,8 @@ class Shell:
         """Token ids (B, L) -> hidden states (B, L, hidden) float32."""
         if self._embedding is None:
             self._embedding = self._tensor("model.embed_tokens.weight").to(self.device)
-        return nn.functional.embedding(ids.to(self.device), self._embedding).float()
+        found = nn.functional.embedding(ids.to(self.device), self._embedding).float()
+        return found * self._scale if self._scale != 1 else found
 
     def frames(self, hidden: Tensor, block: int) -> Mapping[str, Any]:
         """What Transformers would pass to block number `block` beside hidden states (B, L, hidden)."""

@@ -47,7 +47,9 @@ def tune(
     seed: int = 0,
 ) -> Tuned:
     """Train the changes in `modules`; afterwards they hold the state with the least held-out loss."""
-    optimiser = torch.optim.Adam(_rates(modules, schedule), lr=schedule.rate, betas=(0.9, 0.95))
+    groups = _rates(modules, schedule)
+    fused = all(p.is_cuda for group in groups for p in group["params"])
+    optimiser = torch.optim.Adam(groups, lr=schedule.rate, betas=(0.9, 0.95), fused=fused)
     generator = torch.Generator().manual_seed(seed)
     before = best = _judge(modules, held_loss, held_batches)
     kept, at = _snapshot(modules), 0

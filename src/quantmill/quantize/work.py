@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantmill.errors import CannotResume
+from quantmill.errors import BadCheckpoint, CannotResume
 from quantmill.files import write_json
+from quantmill.formats.container import map_tensors
 from quantmill.types import Json, ModuleReport
 
 WORK = ".quantmill-work"
@@ -69,8 +70,8 @@ class WorkFolder:
         try:
             with safe_open(path, framework="pt") as f:
                 reports = json.loads(f.metadata()["modules"])
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, KeyError, ValueError, TypeError) as e:
+            tensors = map_tensors(path)  # a variant's blocks are written one tensor after the other
+        except (SafetensorError, BadCheckpoint, KeyError, ValueError, TypeError) as e:
             raise CannotResume(f"{path} is damaged ({e}): remove it and run again with --resume") from e
         return SolvedBlock(tensors, tuple(ModuleReport(**r) for r in reports))
 
