@@ -105,3 +105,17 @@ def test_tails_only_where_the_original_was_there(make_branch):
     partly = read_branch(make_branch("b", evaluation=eval_report(max_kl=None)))
     assert "not measured" in sections.tails([partly])
     assert "2.2 %" in sections.tails([partly])
+
+
+def test_a_row_says_in_words_what_sets_it_apart(repository):
+    rows = sections.provided_files(read_repository(repository).branches).splitlines()
+    assert rows[0].endswith("| Desc |")
+    assert rows[2].endswith("| 4 bits, groups of 128, act order, the default, the smallest file |")
+    assert rows[3].endswith("| 4 bits, groups of 32, act order |")
+    assert rows[5].endswith("| 8 bits, groups of 32, act order, the least loss measured |")
+
+
+def test_a_row_alone_is_compared_with_nothing(make_branch):
+    config = QuantConfig(3, -1, act_order=ActOrder.NONE)
+    table = sections.provided_files([read_branch(make_branch("x", config))])
+    assert table.endswith("| 3 bits, one scale per row, no act order |")

@@ -65,6 +65,14 @@ def test_offline_without_it(unplugged):
         resolve(ASKED)
 
 
+def test_a_machine_without_a_network(tmp_path, hub):
+    nowhere = hub.environment(tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0")
+    failed = run(*QUANTMILL, "plan", "owner/name:branch", env=nowhere)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert "the hub is out of reach" in failed.stderr
+
+
 def test_offline_with_its_papers_only(published, unplugged):
     fetch_papers(ASKED)
     unplugged()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from quantmill.errors import BadCheckpoint
 from quantmill.runtime.llm import LLM
 from quantmill.serve.app import create_app
 from quantmill.serve.models import ModelService
@@ -44,6 +45,8 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def _open(self, source: str, runtime: dict[str, object]) -> tuple[Path, LLM]:
+        if source == "broken":
+            raise BadCheckpoint("/home/somebody/broken has no weights: download it again")
         self.opened.append(source)
         self.llms[source] = llm = toy_llm(**runtime)
         return Path(source), llm

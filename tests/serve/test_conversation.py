@@ -6,6 +6,7 @@ mistral_v1.json holds conversations with the ids that mistral-common 1.13.1 (Mis
 from __future__ import annotations
 
 import json
+from asyncio import run
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from quantmill.errors import BadRequest
 from quantmill.runtime.tokenizer import TextTokenizer, open_tokenizer
 from quantmill.serve.conversation import conversation_ids, conversation_text, prompt_ids
+from quantmill.serve.refusal import Refusal
 from quantmill.serve.schemas import ChatMessage, ChatRequest
 from quantmill.serve.tools import tool_use
 from runtime.test_tokenizer import spm_folder
@@ -42,7 +44,7 @@ def test_mistrals_rules_give_mistrals_ids(tmp_path: Path) -> None:
         spm_folder(tmp_path, "llama", "LlamaTokenizer", legacy=False, chat_template=LATER)
     )
     for made in TALKS:
-        assert conversation_ids(talk(made["messages"]), tokenizer) == made["ids"], made["messages"]
+        assert run(conversation_ids(talk(made["messages"]), tokenizer)) == made["ids"], made["messages"]
     assert len(TALKS) >= 50
     assert max(len(t["messages"]) for t in TALKS) >= 9
 
@@ -53,10 +55,10 @@ def test_the_first_template_gives_them_for_first_questions(tmp_path: Path) -> No
     )
     single = [t for t in TALKS if sum(role == "user" for role, _ in t["messages"]) == 1]
     for made in single:
-        assert conversation_ids(talk(made["messages"]), tokenizer) == made["ids"], made["messages"]
+        assert run(conversation_ids(talk(made["messages"]), tokenizer)) == made["ids"], made["messages"]
     assert len(single) >= 10
     many = talk([["user", "hi"], ["assistant", "yo"], ["user", "there"]])
-    ids = conversation_ids(many, tokenizer)
+    ids = run(conversation_ids(many, tokenizer))
     assert (ids.count(1), ids.count(2), ids[0]) == (1, 1, 1)  # one beginning; an end after every answer
 
 
@@ -68,7 +70,7 @@ def request(**fields: object) -> ChatRequest:
 
 def texts(asked: ChatRequest, tokenizer: TextTokenizer | None = None) -> str:
     tokenizer = tokenizer or toy_tokenizer()
-    return tokenizer.decode(prompt_ids(asked, tokenizer, tool_use(asked, tokenizer)), skip_special=False)
+    return tokenizer.decode(run(prompt_ids(asked, tokenizer, tool_use(asked, tokenizer))), skip_special=False)
 
 
 def test_parts_and_roles_become_text() -> None:
@@ -90,6 +92,14 @@ def test_a_template_without_system_text_gets_it_in_the_question() -> None:
     wrong = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     with pytest.raises(BadRequest, match="roles must alternate"):
         texts(request(messages=wrong), tokenizer)
+
+
+def test_a_model_without_a_template_has_no_conversations() -> None:
+    tokenizer = TextTokenizer(toy_tokenizer().backend, {}, {})
+    with pytest.raises(Refusal) as caught:
+        texts(request(messages=[{"role": "user", "content": "hi"}]), tokenizer)
+    assert (caught.value.status, caught.value.param) == (400, "model")
+    assert "/v1/completions" in caught.value.message
 
 
 def test_a_template_without_tools_gets_them_as_text() -> None:

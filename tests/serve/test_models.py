@@ -195,3 +195,36 @@ def test_after_closing_nothing_is_loaded() -> None:
             await made.load("a")
 
     run(made, work)
+
+
+def test_a_source_that_cannot_be_loaded_is_forgotten_again() -> None:
+    made, _ = service()
+
+    async def work() -> None:
+        with pytest.raises(SourceNotFound):
+            await made.take("new=broken")
+        assert made.infos() == []
+        assert (await made.take("fine=here")).state == "ready"
+        assert (await made.take("fine")).name == "fine"
+
+    run(made, work)
+
+
+def test_a_model_that_is_held_is_not_dropped() -> None:
+    made, _ = service(SIZE)
+    made.register("a=one")
+    made.register("b=two")
+
+    async def work() -> None:
+        with pytest.raises(BadRequest, match="load it first"):
+            await made.hold("a")
+        await made.load("a")
+        llm = await made.hold("a")
+        with pytest.raises(Busy):
+            await made.unload("a")
+        made.let_go("a")
+        assert llm.engine.alive
+        await made.unload("a")
+        assert not llm.engine.alive
+
+    run(made, work)

@@ -58,6 +58,26 @@ def test_curl(start: Start) -> None:
     assert "not JSON" in json.loads(wrong.stdout)["error"]["message"]
 
 
+def test_only_admins_are_told_why_a_model_cannot_be_loaded(start: Start) -> None:
+    settings = ServeSettings(api_keys=("user-key",), admin_keys=("admin-key",))
+    port = start(settings, ("toy", "bad=broken")).port
+    for path, ask in (("/v1/completions", ASK), ("/tokenize", {"prompt": "x"})):
+        ask = {**ask, "model": "bad"}
+        status, told = post_json(port, path, ask, {"Authorization": "Bearer user-key"})
+        assert (status, told["error"]["code"]) == (503, "model_unavailable")
+        assert "somebody" not in told["error"]["message"]
+        status, told = post_json(port, path, ask, {"Authorization": "Bearer admin-key"})
+        assert status == 400
+        assert "has no weights" in told["error"]["message"]
+
+
+def test_what_is_mounted_beside_the_api_is_for_this_address_only(start: Start) -> None:
+    port = start().port
+    for name, status in (("localhost", 404), ("127.0.0.1", 404), ("elsewhere.example", 403)):
+        head = f"GET /ui/ HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n"
+        assert exchange(port, head.encode())[0] == status
+
+
 def test_tokens_there_and_back(start: Start) -> None:
     port = start().port
     status, made = post_json(

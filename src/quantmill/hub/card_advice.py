@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from quantmill.hub.card_facts import BranchFacts
 from quantmill.hub.card_format import code, size
+from quantmill.hub.variants import MAIN
 from quantmill.types import EvalReport
 
 
@@ -73,6 +74,20 @@ def advice(branches: Sequence[BranchFacts]) -> tuple[str, ...]:
     if unmeasured:
         lines.append(f"Not measured, and so not compared: {code(unmeasured)}.")
     return tuple(lines)
+
+
+def marks(branch: BranchFacts, branches: Sequence[BranchFacts]) -> tuple[str, ...]:
+    """What sets a branch apart from the others of its repository, a few words each; nothing where it is alone."""
+    if len(branches) < 2:
+        return ()
+    found = ranking(branches)
+    best = min(found[1], key=lambda r: r.loss).branch if found else None
+    every = {
+        "the default": branch.name == MAIN,
+        "the smallest file": branch.size_bytes == min(b.size_bytes for b in branches),
+        "the least loss measured": branch is best,
+    }
+    return tuple(words for words, holds in every.items() if holds)
 
 
 def _ranked_advice(metric: Metric, ranked: tuple[Ranked, ...]) -> list[str]:

@@ -26,6 +26,7 @@ NOT_RECORDED = "not recorded"
 
 
 def or_missing(value: object | None, missing: str = NOT_RECORDED) -> str:
+    """A value as the card shows it; `missing` for None."""
     return missing if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -37,6 +38,7 @@ def size(count: int) -> str:
 
 
 def percent(fraction: float) -> str:
+    """A fraction of 1 as a percentage with one digit."""
     return f"{100 * fraction:.1f} %"
 
 
@@ -49,6 +51,7 @@ def duration(seconds: float) -> str:
 
 
 def kl_with_interval(report: EvalReport) -> str:
+    """Mean KL with its 95 % interval, as far as they were measured."""
     if report.mean_kl is None:
         return NOT_MEASURED
     if report.mean_kl_ci is None:
@@ -58,6 +61,7 @@ def kl_with_interval(report: EvalReport) -> str:
 
 
 def code(names: Iterable[str]) -> str:
+    """Names in code type, with commas."""
     return ", ".join(f"`{name}`" for name in names)
 
 

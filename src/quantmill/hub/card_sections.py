@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
+from quantmill.hub.card_advice import marks
 from quantmill.hub.card_facts import BranchFacts, Making
 from quantmill.hub.card_format import (
     NOT_MEASURED,
@@ -71,7 +72,24 @@ FILE_COLUMNS: dict[str, Callable[[BranchFacts], str]] = {
 
 
 def provided_files(branches: Sequence[BranchFacts], method: str = "GPTQ") -> str:
-    return _table({name.format(method=method): show for name, show in FILE_COLUMNS.items()}, branches)
+    """The table of files, a row per branch."""
+    columns = {name.format(method=method): show for name, show in FILE_COLUMNS.items()}
+    return _table({**columns, "Desc": lambda b: _description(b, branches)}, branches)
+
+
+def _description(branch: BranchFacts, branches: Sequence[BranchFacts]) -> str:
+    """A row in words: its parameters, and what sets it apart."""
+    size_of = branch.config.group_size
+    group = "one scale per row" if size_of == -1 else f"groups of {size_of}"
+    words = [f"{_bits(branch)} bits", group, _ORDER_WORDS[branch.config.act_order], *marks(branch, branches)]
+    return ", ".join(words)
+
+
+_ORDER_WORDS = {
+    ActOrder.NONE: "no act order",
+    ActOrder.STATIC: "act order",
+    ActOrder.GROUPED: "act order in groups of its own",
+}
 
 
 def _table(columns: dict[str, Callable[[BranchFacts], str]], branches: Iterable[BranchFacts]) -> str:
@@ -130,6 +148,7 @@ def verdicts(branch: BranchFacts) -> dict[str, str]:
 
 
 def reads(branch: BranchFacts, loader: str) -> bool:
+    """Whether a loader reads this branch's folder, by its verdict."""
     return verdicts(branch).get(loader, "").lower().startswith("yes")
 
 

@@ -37,7 +37,7 @@ class Access:
 
     def caller(self, request: Request, admin: bool = False) -> Caller:
         """Raises Refusal: 401 without a key that is known, 403 where it is not an admin's."""
-        self._refuse_strange_hosts(request)
+        self.refuse_strange_hosts(request)
         if not self.keys:
             return Caller(request.client.host if request.client else "local", True)
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -54,8 +54,11 @@ class Access:
             raise Refusal(403, "this needs an admin's key", "permission_error", "admin_only")
         return Caller(f"key-{given[:8]}", rights[0])
 
-    def _refuse_strange_hosts(self, request: Request) -> None:
-        """On loopback without keys no web page may speak for its user, under a name that somebody else owns."""
+    def refuse_strange_hosts(self, request: Request) -> None:
+        """On loopback without keys no web page may speak for its user, under a name that somebody else owns.
+
+        Raises Refusal.
+        """
         if self.keys or not self.settings.loopback:
             return
         host = request.headers.get("host", "localhost")

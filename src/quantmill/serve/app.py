@@ -46,6 +46,7 @@ def create_app(service: ModelService, settings: ServeSettings | None = None) -> 
     routes = [Route(path, handler, methods=[method]) for method, path, handler in ROUTES]
     handlers = {Refusal: _refused, QuantmillError: _failed, HTTPException: _no_such_path}
     app = Starlette(routes=routes, exception_handlers=handlers)
+    app.add_middleware(_Guarded, server=server)
     app.add_middleware(_Counted, server=server)
     app.state.server = server
     return app
@@ -65,6 +66,22 @@ async def _no_such_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"there is no {request.method} {request.url.path[:200]} here"
     return Refusal(error.status_code, what, code="unknown_url").response()
+
+
+class _Guarded:
+    """What is mounted beside the API, a web UI, is refused to other sites, as the API is."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self.server.access.refuse_strange_hosts(Request(scope))
+            except Refusal as refusal:
+                await refusal.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class _Counted:

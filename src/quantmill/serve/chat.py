@@ -34,14 +34,14 @@ async def chat_completions(request: Request) -> Response:
     return await whole(request, _document(exchange, asked))
 
 
-def _job(exchange: Exchange, asked: ChatRequest, llm: LLM, tools: ToolUse | None) -> Job:
+async def _job(exchange: Exchange, asked: ChatRequest, llm: LLM, tools: ToolUse | None) -> Job:
     """Raises Refusal."""
     constraint = constraint_of(asked)
     if tools is not None and tools.constraint is not None:
         if constraint is not None:
             raise invalid("response_format and a tool_choice that must be called exclude each other")
         constraint = tools.constraint
-    ids = prompt_ids(asked, llm.tokenizer, tools)
+    ids = await prompt_ids(asked, llm.tokenizer, tools)
     exchange.check_prompt(len(ids))
     return Job(ids, chat_params(asked), constraint, exchange.caller.name)
 
@@ -49,7 +49,7 @@ def _job(exchange: Exchange, asked: ChatRequest, llm: LLM, tools: ToolUse | None
 async def _document(exchange: Exchange, asked: ChatRequest) -> Json:
     async with exchange.open() as llm:
         tools = tool_use(asked, llm.tokenizer)
-        async with llm.reply(_job(exchange, asked, llm, tools)) as (reply, box):
+        async with llm.reply(await _job(exchange, asked, llm, tools)) as (reply, box):
             while not reply.done:
                 exchange.saw(reply.feed(await box.get()))
         choices = [_choice(c, asked, llm, tools) for c in reply.answer().choices]
@@ -87,7 +87,7 @@ async def _events(exchange: Exchange, asked: ChatRequest) -> AsyncGenerator[byte
     async with exchange.open() as llm:
         tools = tool_use(asked, llm.tokenizer)
         writer = _Writer(exchange, asked, llm, tools)
-        async with llm.reply(_job(exchange, asked, llm, tools)) as (reply, box):
+        async with llm.reply(await _job(exchange, asked, llm, tools)) as (reply, box):
             yield writer.roles()
             try:
                 while not reply.done:

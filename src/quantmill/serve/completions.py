@@ -44,12 +44,12 @@ def as_prompts(given: Any) -> list[Any]:
     return [given] if single else list(given)
 
 
-def _jobs(exchange: Exchange, asked: CompletionRequest, llm: LLM) -> list[Job]:
+async def _jobs(exchange: Exchange, asked: CompletionRequest, llm: LLM) -> list[Job]:
     params, constraint = completion_params(asked), constraint_of(asked)
     scored = asked.logprobs if asked.echo else None
     jobs = []
     for prompt in as_prompts(asked.prompt):
-        ids = llm.ids(prompt)
+        ids = await llm.aids(prompt)
         exchange.check_prompt(len(ids))
         jobs.append(Job(ids, params, constraint, exchange.caller.name, scored))
     return jobs
@@ -64,7 +64,7 @@ async def _answer(exchange: Exchange, llm: LLM, job: Job) -> Answer:
 
 async def _document(exchange: Exchange, asked: CompletionRequest) -> Json:
     async with exchange.open() as llm:
-        jobs = _jobs(exchange, asked, llm)
+        jobs = await _jobs(exchange, asked, llm)
         async with _all_or_none([_answer(exchange, llm, job) for job in jobs]) as answers:
             choices = [
                 _choice(choice, answer, asked, llm, i * (asked.n or 1))
@@ -118,7 +118,7 @@ def _choice(choice: Choice, answer: Answer, asked: CompletionRequest, llm: LLM, 
 async def _events(exchange: Exchange, asked: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """Several prompts take turns as their tokens come."""
     async with exchange.open() as llm:
-        jobs = _jobs(exchange, asked, llm)
+        jobs = await _jobs(exchange, asked, llm)
         head = _opening(exchange, asked)
         try:
             if asked.echo:

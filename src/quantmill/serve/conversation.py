@@ -14,8 +14,10 @@ from quantmill.serve.tools import ToolUse, tools_as_text
 from quantmill.types import Json
 
 
-def prompt_ids(request: ChatRequest, tokenizer: TextTokenizer, tools: ToolUse | None) -> list[int]:
+async def prompt_ids(request: ChatRequest, tokenizer: TextTokenizer, tools: ToolUse | None) -> list[int]:
     """Raises Refusal, BadRequest where the template refuses the messages."""
+    if not tokenizer.has_template:
+        raise invalid(f"{request.model} has no chat template: send texts to /v1/completions instead", "model")
     messages: list[Message] = [as_message(m, tools) for m in request.messages]
     if tools is not None and not tools.shown:
         messages = [{"role": "system", "content": tools_as_text(tools.tools)}, *messages]
@@ -24,10 +26,10 @@ def prompt_ids(request: ChatRequest, tokenizer: TextTokenizer, tools: ToolUse | 
         raise invalid(f"chat_template is none of {', '.join(tokenizer.templates)}", "chat_template")
     listed = list(tools.tools) if tools is not None and tools.shown else None
     continued = bool(request.continue_final_message)
-    return conversation_ids(messages, tokenizer, listed, template, continued)
+    return await conversation_ids(messages, tokenizer, listed, template, continued)
 
 
-def conversation_ids(
+async def conversation_ids(
     messages: list[Message],
     tokenizer: TextTokenizer,
     tools: list[Json] | None = None,
@@ -36,7 +38,7 @@ def conversation_ids(
 ) -> list[int]:
     """Messages as templates know them -> token ids. Raises BadRequest where the template refuses them."""
     text = conversation_text(messages, tokenizer, tools, template, continue_last)
-    return tokenizer.encode(text, special=False)
+    return await tokenizer.aencode(text, special=False)
 
 
 def conversation_text(
@@ -55,13 +57,13 @@ def conversation_text(
     return _text(messages[:-1], tokenizer, tools, template) + str(messages[-1]["content"])
 
 
-def tokenize_ids(request: TokenizeRequest, tokenizer: TextTokenizer) -> list[int]:
+async def tokenize_ids(request: TokenizeRequest, tokenizer: TextTokenizer) -> list[int]:
     """Raises Refusal where there is not exactly one of prompt and messages."""
     if (request.prompt is None) == (request.messages is None):
         raise invalid("give prompt or messages, one of them", "prompt")
     if request.prompt is not None:
-        return tokenizer.encode(request.prompt, special=request.add_special_tokens)
-    return conversation_ids([as_message(m, None) for m in request.messages or ()], tokenizer)
+        return await tokenizer.aencode(request.prompt, special=request.add_special_tokens)
+    return await conversation_ids([as_message(m, None) for m in request.messages or ()], tokenizer)
 
 
 def as_message(message: ChatMessage, tools: ToolUse | None) -> Json:

@@ -37,7 +37,8 @@ async def _embeddings(exchange: Exchange, asked: EmbeddingRequest) -> Json:
     async with exchange.open() as llm:
         if asked.dimensions not in (None, llm.facts.hidden_size):
             raise invalid(f"this model's embeddings have {llm.facts.hidden_size} dimensions", "dimensions")
-        jobs = [Job(llm.ids(p), client=exchange.caller.name, embed=True) for p in as_prompts(asked.input)]
+        prompts = [await llm.aids(p) for p in as_prompts(asked.input)]
+        jobs = [Job(p, client=exchange.caller.name, embed=True) for p in prompts]
         for job in jobs:
             exchange.check_prompt(len(job.prompt))
         vectors = await asyncio.gather(*(_vector(llm, job) for job in jobs))
@@ -62,10 +63,10 @@ def _encoded(vector: Floats, form: str) -> Any:
 async def tokenize(request: Request) -> Response:
     """POST /tokenize: a text or a conversation -> token ids."""
     server = server_of(request)
-    server.access.caller(request)
+    caller = server.access.caller(request)
     asked = await read_model(request, TokenizeRequest, server.settings.max_body_bytes)
-    async with server.service.using(asked.model) as llm:
-        ids = tokenize_ids(asked, llm.tokenizer)
+    async with server.using(asked.model, caller) as llm:
+        ids = await tokenize_ids(asked, llm.tokenizer)
         made: Json = {"tokens": ids, "count": len(ids), "max_model_len": llm.facts.context}
         if asked.return_token_strs:
             made["token_strs"] = [token_bytes(t, llm.tokenizer).decode("utf-8", "replace") for t in ids]
@@ -75,9 +76,9 @@ async def tokenize(request: Request) -> Response:
 async def detokenize(request: Request) -> Response:
     """POST /detokenize: token ids -> text, special tokens included."""
     server = server_of(request)
-    server.access.caller(request)
+    caller = server.access.caller(request)
     asked = await read_model(request, DetokenizeRequest, server.settings.max_body_bytes)
-    async with server.service.using(asked.model) as llm:
+    async with server.using(asked.model, caller) as llm:
         wrong = next((t for t in asked.tokens if t >= llm.facts.vocab_size), None)
         if wrong is not None:
             raise invalid(f"token {wrong} is not in the vocabulary of {llm.facts.vocab_size}", "tokens")
@@ -112,10 +113,7 @@ async def load_model(request: Request) -> Response:
     server = server_of(request)
     server.access.caller(request, admin=True)
     asked = await read_model(request, ModelRequest, server.settings.max_body_bytes)
-    if asked.model not in {i.name for i in server.service.infos()}:
-        name = server.service.register(asked.model)[0]
-        return JSONResponse(_model(await server.service.load(name), True))
-    return JSONResponse(_model(await server.service.load(asked.model), True))
+    return JSONResponse(_model(await server.service.take(asked.model), True))
 
 
 async def unload_model(request: Request) -> Response:

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
@@ -18,7 +18,7 @@ from quantmill.runtime.llm_text import Delta
 from quantmill.serve.access import Access, Caller
 from quantmill.serve.metrics import Metrics
 from quantmill.serve.models import ModelService
-from quantmill.serve.refusal import Refusal
+from quantmill.serve.refusal import Refusal, unavailable
 from quantmill.serve.refusal import of as refusal_of
 from quantmill.serve.settings import ServeSettings
 
@@ -33,6 +33,16 @@ class Server:
     service: ModelService
     access: Access
     metrics: Metrics
+
+    @asynccontextmanager
+    async def using(self, name: str, caller: Caller) -> AsyncIterator[LLM]:
+        """`ModelService.using`, which tells callers no more than concerns them. Raises Refusal, too."""
+        async with AsyncExitStack() as stack:
+            try:
+                llm = await stack.enter_async_context(self.service.using(name))
+            except QuantmillError as error:
+                raise unavailable(name, error, self.service.source(name), caller.admin) from error
+            yield llm
 
 
 @dataclass
@@ -62,10 +72,10 @@ class Exchange:
         """Raises Refusal for whatever goes wrong, inside too."""
         try:
             with self.server.access.enter(self.caller):
-                async with self.server.service.using(self.model) as llm:
+                async with self.server.using(self.model, self.caller) as llm:
                     yield llm
         except Refusal as refusal:
-            self.status, self.error = refusal.status, refusal.message
+            self.status, self.error = refusal.status, str(refusal.__cause__ or refusal.message)
             raise
         except QuantmillError as error:
             told = refusal_of(error)

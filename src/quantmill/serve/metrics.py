@@ -12,7 +12,7 @@ from quantmill.runtime.engine_types import EngineStats
 from quantmill.serve.bandwidth import measured
 from quantmill.serve.models import ModelService
 
-SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30, 60, 120)
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:

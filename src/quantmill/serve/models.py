@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,12 +107,23 @@ class ModelService:
             self._entries.setdefault(new, _Entry(new, where))
         return list(found)
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Serve these no more, those that are not loaded."""
+        for name in names:
+            if name in self._entries and self._entries[name].llm is None:
+                del self._entries[name]
+
     def infos(self) -> list[ModelInfo]:
         return [e.info() for e in list(self._entries.values())]
 
     def info(self, name: str) -> ModelInfo:
         """Raises Refusal for a name that is not served."""
         return self._entry(name).info()
+
+    def source(self, name: str) -> str:
+        """Where a model comes from; the name itself where there is none of that name."""
+        entry = self._entries.get(name)
+        return entry.source if entry is not None else name
 
     def ready(self) -> list[tuple[str, LLM]]:
         """The models that are loaded."""
@@ -142,10 +153,36 @@ class ModelService:
             entry.users -= 1
             entry.used = time.monotonic()
 
+    async def hold(self, name: str) -> LLM:
+        """`using` in two calls, for a thread: the model is not dropped before as many `let_go`."""
+        entry = self._entry(name)
+        if entry.llm is None:
+            raise BadRequest(f"{name} is not loaded: load it first")
+        entry.users += 1
+        return entry.llm
+
+    def let_go(self, name: str) -> None:
+        """See `hold`; in the loop."""
+        entry = self._entry(name)
+        entry.users -= 1
+        entry.used = time.monotonic()
+
     async def load(self, name: str) -> ModelInfo:
         """Load a model now."""
         async with self.using(name):
             return self.info(name)
+
+    async def take(self, typed: str) -> ModelInfo:
+        """Load a model now, by its name or as `register` takes it: forgotten again where it cannot be loaded."""
+        if typed in self._entries:
+            return await self.load(typed)
+        before = set(self._entries)
+        names = self.register(typed)
+        try:
+            return await self.load(names[0])
+        except QuantmillError:
+            self.forget(set(names) - before)
+            raise
 
     async def unload(self, name: str, force: bool = False) -> ModelInfo:
         """Drop a model's memory; its name stays. Raises Busy while answers are under way, unless `force`."""

@@ -49,6 +49,18 @@ def no_model(name: str, known: list[str]) -> Refusal:
     )
 
 
+def unavailable(name: str, error: QuantmillError, source: str, admin: bool) -> Refusal:
+    """Of a model that could not be loaded. Only admins are told why: that names folders of this machine."""
+    if admin or isinstance(error, Busy) or (isinstance(error, SourceNotFound) and source == name):
+        return of(error)
+    return Refusal(
+        503,
+        f"the model {name[:200]} cannot be loaded: whoever runs this server finds the reason in its log",
+        "server_error",
+        "model_unavailable",
+    )
+
+
 def of(error: QuantmillError) -> Refusal:
     """What a caller is told of our own errors."""
     if isinstance(error, Busy):

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from quantmill.errors import BadRequest, QuantmillError, UserError
 from quantmill.runtime.llm import LLM
 from quantmill.serve.app import create_app
-from quantmill.serve.bandwidth import measure
+from quantmill.serve.bandwidth import measure, on_gpu
 from quantmill.serve.models import ModelService
 from quantmill.serve.settings import ServeSettings
+from quantmill.serve.warm import warm_up
 from quantmill.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -45,15 +46,25 @@ def open_model(source: str, settings: ServeSettings) -> tuple[Path, LLM]:
     from quantmill.sources import resolve
 
     folder = resolve(source, notify=log.info, run=True)
+    llm = _open_somewhere(folder, settings)
+    measure(llm.facts.name, settings.threads, llm.beside)
+    if on_gpu(llm.facts.name):
+        warm_up(llm)
+        if not llm.engine.alive:  # of something that no client may ever ask for
+            llm.close()
+            llm = _open_somewhere(folder, settings)
+    return folder, llm
+
+
+def _open_somewhere(folder: Path, settings: ServeSettings) -> LLM:
+    """With its engine where it is wanted, else inside the server."""
     try:
-        llm = _open(folder, settings, _apart(settings))
+        return _open(folder, settings, _apart(settings))
     except UserError:
         raise
     except QuantmillError as error:  # only a process of its own ends like that
-        log.warning("the engine runs inside the server", extra={"model": source, "error": str(error)})
-        llm = _open(folder, settings, False)
-    measure(llm.facts.name, settings.threads, llm.beside)
-    return folder, llm
+        log.warning("the engine runs inside the server", extra={"model": folder.name, "error": str(error)})
+        return _open(folder, settings, False)
 
 
 def _open(folder: Path, settings: ServeSettings, apart: bool) -> LLM:

@@ -94,6 +94,30 @@ def test_a_wrong_setting_is_refused_with_the_cure(
     expect(page.get_by_test_id("toast-text")).to_contain_text("context is 'many'")
 
 
+def test_what_is_refused_changes_nothing_on_the_page(
+    serve_page: Callable[..., str], visit: Callable[..., Any]
+) -> None:
+    page = visit(serve_page())
+    page.locator("#reload").click()
+    expect(page.get_by_test_id("toast-text").last).to_contain_text("Pick a model first")
+    expect(page.locator("#model-status")).to_contain_text("No model is loaded")
+    tab(page, "Text generation")
+    say(page, "red green")
+    expect(page.get_by_test_id("toast-text").last).to_contain_text("no model is loaded")
+    expect(page.locator("#said textarea")).to_have_value("red green")
+    tab(page, "Model")
+    load(page)
+    tab(page, "Text generation")
+    page.locator("#send").click()
+    expect(page.locator("#chat-status")).to_contain_text("tokens")
+    page.locator("#send").click()
+    expect(page.get_by_test_id("toast-text").last).to_contain_text("Write a message first")
+    expect(page.locator("#talk")).to_contain_text("You said: red green")
+    again = visit(page.url)  # what is loaded is chosen when the page opens
+    expect(again.locator("#model-status")).to_contain_text(f"{MODEL} is loaded")
+    expect(again.locator("#pick-model input")).to_have_value(MODEL)
+
+
 def test_chat_streams_continues_regenerates_and_is_kept(
     serve_page: Callable[..., str], visit: Callable[..., Any]
 ) -> None:

@@ -57,4 +57,5 @@ def as_json(
 
 
 def as_html(text: str) -> Answer:
+    """A page."""
     return Answer(headers={"Content-Type": "text/html; charset=utf-8"}, body=text.encode())

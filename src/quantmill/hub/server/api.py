@@ -23,6 +23,7 @@ LONGEST_LINE = 64_000_000  # bytes of a commit's line: a regular file, in base64
 
 
 def whoami(call: Call) -> Answer:
+    """The account behind the call's token. Raises Refusal 401 without one."""
     if call.account.rights is None:
         raise Refusal(401, "no token was sent: set HF_TOKEN, or 'hf auth login'")
     token = {"displayName": call.account.name, "role": call.account.rights}
@@ -31,6 +32,7 @@ def whoami(call: Call) -> Answer:
 
 
 def create_repository(call: Call) -> Answer:
+    """Make an empty repository. Raises Refusal 409, which names the address, where it is there."""
     asked = call.json()
     if asked.get("type") not in (None, "model"):
         raise bad("this hub holds models only")
@@ -49,17 +51,20 @@ def _asks_private(asked: dict[str, Any]) -> bool:
 
 
 def delete_repository(call: Call) -> Answer:
+    """Delete a repository with all that it holds."""
     asked = call.json()
     call.store.delete(f"{asked.get('organization') or call.account.name}/{asked.get('name')}", call.account)
     return Answer()
 
 
 def change_settings(call: Call) -> Answer:
+    """Make a repository public or private."""
     call.store.set_private(call.name, call.account, _asks_private(call.json()))
     return as_json({})
 
 
 def list_models(call: Call) -> Answer:
+    """The repositories that this account may see, by `search` and `author`."""
     wanted, author = call.query.get("search", "").lower(), call.query.get("author")
     found = []
     for name in call.store.list():
@@ -84,6 +89,7 @@ def _public_facts(call: Call, name: str) -> dict[str, Any]:
 
 
 def model_info(call: Call) -> Answer:
+    """One revision of a repository: its commit, its files and, where asked for, their sizes and sums."""
     repository = call.store.find(call.name, call.account)
     commit = repository.resolve(call.parts.get("revision", "main"))
     entries = repository.entries(commit)
@@ -144,6 +150,7 @@ def _row(entry: Entry | None, path: str) -> dict[str, Any]:
 
 
 def paths_info(call: Call) -> Answer:
+    """What some paths of a revision are."""
     repository = call.store.find(call.name, call.account)
     commit = repository.resolve(call.parts["revision"])
     entries = {e.path: e for e in repository.entries(commit)}
@@ -158,12 +165,14 @@ def paths_info(call: Call) -> Answer:
 
 
 def refs(call: Call) -> Answer:
+    """The branches; there are no tags."""
     branches = call.store.find(call.name, call.account).branches()
     rows = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in branches.items()]
     return as_json({"branches": rows, "tags": [], "converts": [], "pullRequests": []})
 
 
 def commits(call: Call) -> Answer:
+    """The history of a revision, newest first."""
     repository = call.store.find(call.name, call.account)
     found = []
     for item in repository.history(repository.resolve(call.parts["revision"])):
@@ -175,12 +184,14 @@ def commits(call: Call) -> Answer:
 
 
 def create_branch(call: Call) -> Answer:
+    """Make a branch at `startingPoint`, or at main."""
     repository = call.store.find(call.name, call.account, write=True)
     repository.create_branch(call.parts["branch"], str(call.json().get("startingPoint") or "main"))
     return as_json({})
 
 
 def delete_branch(call: Call) -> Answer:
+    """Delete a branch."""
     call.store.find(call.name, call.account, write=True).delete_branch(call.parts["branch"])
     return as_json({})
 
@@ -304,6 +315,7 @@ def validate_yaml(_: Call) -> Answer:
 
 
 def healthy(_: Call) -> Answer:
+    """That the server answers."""
     return as_json({"ok": True})
 
 

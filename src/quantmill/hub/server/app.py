@@ -132,6 +132,7 @@ def make_app(store: Store, host: str) -> App:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -40,6 +40,7 @@ def no_reading(call: Call) -> Answer:
 
 
 def take_xorb(call: Call) -> Answer:
+    """Unpack a xorb; a shard names it by its hash. Raises Refusal 400, 507."""
     xorbs = Xorbs.of(_repository(call))
     return as_json({"was_inserted": xorbs.take(names.object_id(call.parts["hash"]), call.body)})
 

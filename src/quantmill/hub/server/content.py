@@ -130,6 +130,7 @@ def _link(call: Call, deed: str, oid: str, size: int) -> str:
 
 
 def download_object(call: Call) -> Answer:
+    """A large file by a signed link. Raises Refusal 403 for one that is not for it, or too old."""
     oid = names.object_id(call.parts["oid"])
     if not call.store.links.allows("download", call.name, oid, call.query):
         raise Refusal(403, "this link is not for that, or too old: ask for a new one")
@@ -138,6 +139,7 @@ def download_object(call: Call) -> Answer:
 
 
 def verify(call: Call) -> Answer:
+    """That an uploaded object arrived whole. Raises Refusal 404 where it did not."""
     asked = call.json()
     repository = call.store.find(call.name, call.account, write=True)
     oid = names.object_id(asked.get("oid"))

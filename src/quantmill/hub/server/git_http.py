@@ -63,6 +63,7 @@ def _sent(out: IO[bytes]) -> Iterator[bytes]:
 
 
 def push(_: Call) -> Answer:
+    """Refused: what is pushed would not be checked."""
     raise Refusal(403, "this hub takes no git push: use hf upload, or quantmill publish")
 
 

@@ -47,6 +47,7 @@ def file_path(path: str) -> str:
 
 
 def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit's full hash."""
     return bool(_COMMIT.fullmatch(revision))
 
 

@@ -34,8 +34,10 @@ def no_repository(name: str) -> Refusal:
 
 
 def no_revision(revision: str) -> Refusal:
+    """404 for a branch or commit that is not there."""
     return Refusal(404, f"there is no branch or commit {revision}", "RevisionNotFound")
 
 
 def no_entry(path: str, commit: str | None = None) -> Refusal:
+    """404 for a file that is not in a commit."""
     return Refusal(404, f"there is no file {path}", "EntryNotFound", commit=commit)

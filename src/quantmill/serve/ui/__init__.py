@@ -5,6 +5,10 @@ from __future__ import annotations
 import hmac
 from typing import TYPE_CHECKING
 
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
 from quantmill.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -26,7 +30,8 @@ def mount(app: Starlette, service: ModelService) -> None:
 
 
 def put(app: Starlette, desk: Desk, settings: ServeSettings) -> None:
-    """Put the page over any desk under /ui; where the server has keys, a key is the password."""
+    """Put the page over any desk under /ui. Where the server has keys, one is the password: an admin's, where there
+    are such, because the page loads models and runs jobs."""
     try:
         import gradio as gr
     except ModuleNotFoundError:
@@ -35,7 +40,8 @@ def put(app: Starlette, desk: Desk, settings: ServeSettings) -> None:
 
     blocks = build(desk)
     blocks.queue(default_concurrency_limit=8)
-    keys = (*settings.api_keys, *settings.admin_keys)
+    keys = settings.admin_keys or settings.api_keys
+    said = f"any name; the password is the server's {'admin' if settings.admin_keys else 'API'} key"
     gr.mount_gradio_app(
         app,
         blocks,
@@ -44,8 +50,14 @@ def put(app: Starlette, desk: Desk, settings: ServeSettings) -> None:
         css=CSS,
         ssr_mode=False,
         auth=(lambda _, password: _is_key(password, keys)) if keys else None,
-        auth_message="any name; the password is the server's API key" if keys else None,
+        auth_message=said if keys else None,
     )
+    app.router.routes += [Route(path, _to_the_page) for path in ("/", "/favicon.ico")]
+
+
+async def _to_the_page(request: Request) -> Response:
+    """Who types the address alone wants the page, and browsers look for its icon there."""
+    return RedirectResponse(PATH + request.url.path)
 
 
 def _is_key(password: str, keys: tuple[str, ...]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from quantmill.errors import BadRequest, QuantmillError
+from quantmill.errors import BadRequest, QuantmillError, UserError
 from quantmill.serve.ui.desk import Answer, Message, Room, Spoken
 from quantmill.serve.ui.store import Conversation, new_key, title_of
 from quantmill.serve.ui.widgets import (
@@ -57,7 +57,7 @@ def build(room: Room) -> ChatTab:
                 buttons=["copy", "copy_all"],
                 editable="all",
                 show_label=False,
-                placeholder="**Nothing said yet.** Load a model on the tab Model, then write below.",
+                placeholder="**Nothing said yet.** Write below; models are loaded on the tab Model.",
                 elem_id="talk",
             )
             raw = gr.Textbox(
@@ -75,10 +75,17 @@ def build(room: Room) -> ChatTab:
 
     settings = [model, mode, system, key, *sampling]
     shown = [talk, raw, status, key, rooms, prompt]
-    gr.on([send.click, said.submit], tab.send, [said, talk, raw, *settings], [said, *shown])
-    go_on.click(tab.go_on, [talk, raw, *settings], shown)
-    gr.on([again.click, talk.retry], tab.again, [talk, raw, *settings], shown)
-    talk.edit(tab.edit, [talk, raw, *settings], shown)
+    # The text itself shows that something goes on; an error is a notice, and no label over every widget.
+    gr.on(
+        [send.click, said.submit],
+        tab.send,
+        [said, talk, raw, *settings],
+        [said, *shown],
+        show_progress="hidden",
+    )
+    go_on.click(tab.go_on, [talk, raw, *settings], shown, show_progress="hidden")
+    gr.on([again.click, talk.retry], tab.again, [talk, raw, *settings], shown, show_progress="hidden")
+    talk.edit(tab.edit, [talk, raw, *settings], shown, show_progress="hidden")
     stop.click(tab.stop, None, None, queue=False)  # not behind the answers that wait in the queue
     mode.change(_show_mode, mode, [talk, raw, said])
     rooms.input(tab.open, rooms, [talk, raw, key, mode, status])
@@ -125,6 +132,11 @@ class _Asked:
         return replace(self, messages=[*self.messages[:-1], {**last, "content": last["content"] + piece}])
 
 
+def _as_it_is() -> tuple[Any, ...]:
+    """Nothing of what handlers yield changes. A generator that yields nothing would empty all of it."""
+    return (gr.skip(),) * 6
+
+
 class _Talk:
     """The tab's handlers. Generators yield the chat, the raw text, the status, the key, the list, the prompt."""
 
@@ -149,16 +161,18 @@ class _Talk:
         if asked.mode == CHAT:
             if not said.strip():
                 gr.Info("Write a message first.")
+                yield (gr.skip(), *_as_it_is())
                 return
             asked = asked.ending_with({"role": "user", "content": said})
         for row in self._run(asked, go_on=False):
-            yield ("", *row)
+            yield ("" if isinstance(row[0], list) else gr.skip(), *row)  # what is refused can be sent again
 
     def go_on(self, request: gr.Request, talk: Any, raw: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
         """More of the last answer."""
         asked = _Asked.of(request, talk, raw, settings)
         if asked.mode == CHAT and (not asked.messages or asked.messages[-1]["role"] != "assistant"):
             gr.Info("There is no answer to continue yet.")
+            yield _as_it_is()
             return
         yield from self._run(asked, go_on=True)
 
@@ -169,6 +183,7 @@ class _Talk:
             asked = replace(asked, messages=asked.messages[:-1])
         if asked.mode == CHAT and not asked.messages:
             gr.Info("There is nothing to answer yet.")
+            yield _as_it_is()
             return
         yield from self._run(asked, go_on=False)
 
@@ -189,7 +204,12 @@ class _Talk:
 
     def _run(self, asked: _Asked, go_on: bool) -> Iterator[tuple[Any, ...]]:
         with told():
-            answer = self._begin(asked, go_on)
+            try:
+                answer = self._begin(asked, go_on)
+            except UserError as error:  # a notice: what was written stays, and no widget turns red
+                gr.Warning(str(error))
+                yield _as_it_is()
+                return
             self.running[asked.session] = answer
             if asked.mode == CHAT and not go_on:
                 asked = asked.ending_with({"role": "assistant", "content": ""})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -52,6 +52,11 @@ def build(room: Room) -> list[Any]:
     gr.on([run.click, prompt.submit], tab.run, [prompt, *pickers, longest, temperature], both)
     stop.click(tab.stop, None, None, queue=False)
     return pickers
+
+
+def first_two(names: Sequence[str]) -> list[str | None]:
+    """What the choosers stand on when a page is opened."""
+    return [names[i] if len(names) >= len(SIDES) else None for i in range(len(SIDES))]
 
 
 class _Compare:

@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -29,13 +29,14 @@ FINISH = {Reason.STOP: "stop", Reason.LENGTH: "length", Reason.ABORT: "aborted",
 class LiveAnswer:
     """One answer of a model, in one thread; `stop` comes from another."""
 
-    def __init__(self, llm: LLM, prompt: Sequence[int], params: SamplingParams) -> None:
-        self._llm, self._job, self._prompt = llm, Job(prompt, params, client="web ui"), len(prompt)
+    def __init__(self, desk: LiveDesk, name: str, prompt: Sequence[int], params: SamplingParams) -> None:
+        self._desk, self._name = desk, name
+        self._job, self._prompt = Job(prompt, params, client="web ui"), len(prompt)
         self._stopped = threading.Event()
 
     def __iter__(self) -> Iterator[str | Spoken]:
         began, tokens, finish = time.perf_counter(), 0, "aborted"
-        with closing(self._llm.stream(self._job)) as deltas:  # type: ignore[type-var]
+        with self._desk.holding(self._name) as llm, closing(llm.stream(self._job)) as deltas:  # type: ignore[type-var]
             for delta in deltas:
                 tokens += len(delta.tokens)
                 if delta.text:
@@ -65,14 +66,17 @@ class LiveDesk:
         return [_loaded(i, ready[i.name]) for i in self.service.infos() if i.name in ready]
 
     def load(self, name: str, settings: ModelSettings) -> Loaded:
-        if name not in self.known():
-            self.service.register(name)
+        new = [] if name in self.known() else self.service.register(name)
         info = self.service.info(name)
         wanted = replace(settings, sampling=SamplingParams(), system="")
         if info.state == "ready" and self._asked.get(name, ModelSettings()) != wanted:
             self.unload(name)
         self.service.overrides[info.source] = self._changed(settings)
-        self._wait(self.service.load(name))
+        try:
+            self._wait(self.service.load(name))
+        except QuantmillError:
+            self.service.forget(new)
+            raise
         self._asked[name] = wanted
         return next(m for m in self.loaded() if m.name == name)
 
@@ -91,12 +95,23 @@ class LiveDesk:
         self, name: str, messages: Sequence[Message], params: SamplingParams, *, go_on: bool = False
     ) -> LiveAnswer:
         llm = self._llm(name)
+        if not llm.tokenizer.has_template:
+            raise BadRequest(f"{name} has no chat template: choose the mode Raw text")
         text = self.prompt_text(name, messages) if go_on else llm.tokenizer.chat_text(messages)
-        return LiveAnswer(llm, llm.tokenizer.encode(text, special=False), params)
+        return LiveAnswer(self, name, llm.tokenizer.encode(text, special=False), params)
 
     def go_on(self, name: str, text: str, params: SamplingParams) -> LiveAnswer:
-        llm = self._llm(name)
-        return LiveAnswer(llm, llm.ids(text), params)
+        return LiveAnswer(self, name, self._llm(name).ids(text), params)
+
+    @contextmanager
+    def holding(self, name: str) -> Iterator[LLM]:
+        """The model, which nobody drops meanwhile. Raises BadRequest where it is not loaded."""
+        llm = self._wait(self.service.hold(name))
+        try:
+            yield llm
+        finally:
+            with suppress(RuntimeError):  # the loop has ended, and the models with it
+                self.loop.call_soon_threadsafe(self.service.let_go, name)
 
     def _llm(self, name: str) -> LLM:
         llm = dict(self.service.ready()).get(name)
@@ -114,10 +129,19 @@ class LiveDesk:
         )
 
     def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        if self.service.loop is None:
+        try:
+            loop = self.loop
+        except QuantmillError:
             work.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The server's. Raises QuantmillError before it has one."""
+        if self.service.loop is None:
             raise QuantmillError("the server has not started: wait a moment")
-        return asyncio.run_coroutine_threadsafe(work, self.service.loop).result()
+        return self.service.loop
 
 
 def _loaded(info: ModelInfo, llm: LLM) -> Loaded:

@@ -22,8 +22,8 @@ NONE_LOADED = "No model is loaded. Pick one above: it loads by itself, with the 
 DEVICES = ["auto", "cpu", "cuda"]
 
 
-def build(room: Room, talk: chat_tab.ChatTab) -> Any:
-    """Lay the tab out and wire it. Returns the chooser of models, which a page load refreshes."""
+def build(room: Room, talk: chat_tab.ChatTab) -> tuple[Any, Any]:
+    """Lay the tab out and wire it. Returns what `now` refreshes: the chooser of models, and the status."""
     tab = _Models(room)
     with gr.Row():
         with gr.Column(min_width=320):
@@ -75,7 +75,15 @@ def build(room: Room, talk: chat_tab.ChatTab) -> Any:
     reload.click(tab.load, [pick, *options], shown)
     unload.click(tab.unload, pick, shown)
     save.click(tab.save, [pick, talk.system, *options, *talk.sampling], status)
-    return pick
+    return pick, status
+
+
+def now(room: Room, names: Sequence[str]) -> tuple[Any, Any]:
+    """The chooser and the status as a page that is opened finds them."""
+    loaded = room.desk.loaded()
+    if not loaded:
+        return gr.update(choices=names), gr.skip()  # somebody may have picked one meanwhile
+    return gr.update(choices=names, value=loaded[-1].name), describe(loaded[-1])
 
 
 class _Models:
@@ -131,6 +139,7 @@ class _Models:
     def load(self, name: str, *options: Any) -> Iterator[tuple[Any, Any]]:
         if not name:
             gr.Info("Pick a model first.")
+            yield gr.skip(), gr.skip()  # a generator that yields nothing would empty both
             return
         yield f"Loading **{name}** …", gr.skip()
         with told():

@@ -75,7 +75,7 @@ def build(
             with gr.Tab("Text generation", id="talk", render=False) as talk_tab:
                 talk = chat_tab.build(room)
             with gr.Tab("Model", id="model"):
-                pick = model_tab.build(room, talk)
+                pick, status = model_tab.build(room, talk)
             talk_tab.render()
             with gr.Tab("Quantise", id="quantise"):
                 quantise_tab.build(run or Run())
@@ -85,8 +85,8 @@ def build(
         def opened() -> list[Any]:
             """What has changed since the page was built."""
             names = choices(desk.known())
-            lists = [gr.update(choices=names) for _ in (pick, *sides)]
-            return [*lists, chat_tab.refresh(room), chat_tab.conversations(room)]
+            lists = [gr.update(choices=names, value=name) for name in compare_tab.first_two(names)]
+            return [*model_tab.now(room, names), *lists, chat_tab.refresh(room), chat_tab.conversations(room)]
 
-        blocks.load(opened, None, [pick, *sides, talk.model, talk.rooms], show_progress="hidden")
+        blocks.load(opened, None, [pick, status, *sides, talk.model, talk.rooms], show_progress="hidden")
     return blocks

@@ -19,8 +19,8 @@ from quantmill.sources import resolve
 OFFERED = ("4bit-128g", "4bit-64g", "4bit-32g", "3bit-128g", "3bit-64g", "2bit-64g", "8bit-128g", "8bit-32g")
 DATASETS = ("python-docs", "wikitext", "c4", "self")
 PRESETS = ("fast", "best")
-PLAN_HEAD = ["branch", "size", "bits/weight", "RAM", "VRAM", "time here"]
-PLAN_WIDTHS: list[str | int] = ["204px", "76px", "92px", "72px", "72px", "76px"]
+PLAN_HEAD = ["branch", "size", "bits", "RAM", "VRAM", "time here"]
+PLAN_WIDTHS: list[str | int] = ["204px", "76px", "56px", "76px", "76px", "112px"]
 EVERY = 1.0  # seconds between looks at a run
 
 
