@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from quantmill.errors import BadCheckpoint
-from quantmill.formats.container import read_header, write_file
+from quantmill.formats.container import map_tensors, read_header, write_file
 
 DTYPES = (
     torch.float64,
@@ -57,6 +57,26 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
         assert info.shape == tuple(tensors[name].shape)
         assert info.nbytes == tensors[name].nbytes
     assert infos["of.torch.bfloat16"].dtype == "BF16"
+
+
+def test_a_mapped_file_is_what_was_written(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    write_file(tmp_path / "x", tensors)
+    mapped = map_tensors(tmp_path / "x")
+    assert mapped.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert mapped[name].dtype == tensor.dtype
+        assert torch.equal(mapped[name], tensor)
+
+
+def test_each_tensor_is_forgotten_once_it_is_written(tmp_path: Path) -> None:
+    write_file(tmp_path / "x", some_tensors())
+    mapped = map_tensors(tmp_path / "x")
+    names = set(mapped)
+    write_file(tmp_path / "y", mapped, forget=mapped.pop)
+    assert names
+    assert not mapped
+    assert (tmp_path / "y").read_bytes() == (tmp_path / "x").read_bytes()
 
 
 def test_bytes_do_not_depend_on_the_order_given(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from quantmill.formats import gguf_linear
 from quantmill.formats.gguf import TYPES, dequantize
 from quantmill.formats.gptq import dequantize as dequantize_packed
 from quantmill.formats.gptq import pack
+from quantmill.formats.repack_numba import whole_zeros
 from quantmill.types import ActOrder, QuantConfig
 
 
@@ -24,13 +25,30 @@ def random_rows(name: str, outputs: int, columns: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
-@pytest.mark.parametrize(("outputs", "columns"), [(1, 32), (63, 64), (64, 64), (65, 32), (130, 96)])
+@pytest.mark.parametrize(
+    ("outputs", "columns"), [(1, 32), (63, 64), (64, 64), (255, 32), (256, 96), (257, 64)]
+)
 def test_the_compiled_loops_are_their_twin(name: str, outputs: int, columns: int) -> None:
     rows = random_rows(name, outputs, columns)
     fast, slow = gguf_linear.split(TYPES[name], rows), gguf_linear.split_slowly(TYPES[name], rows)
     for ours, theirs in zip(fast, slow, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("spoilt", [None, "half a step", "below", "above", "no scale"])
+def test_zeros_of_minima_are_their_twin(spoilt: str | None) -> None:
+    d = 2.0 ** torch.randint(-9, -5, (5, 33)).half() * torch.where(torch.rand(5, 33) < 0.5, -1.0, 1.0).half()
+    m = -d * torch.randint(0, 16, d.shape).half()
+    d[1, 2] = m[1, 2] = 0  # a group of zeros
+    levels = {"half a step": 2.5, "below": -1.0, "above": 16.0}
+    if spoilt in levels:
+        m[4, 32] = -d[4, 32] * levels[spoilt]
+    if spoilt == "no scale":
+        d[4, 32], m[4, 32] = 0, 0.5
+    fast, slow = whole_zeros(d, m), gguf_linear.whole_zeros_torch(d, m)
+    assert (fast is None) == (slow is None) == (spoilt is not None)
+    assert fast is None or torch.equal(fast, slow)
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])

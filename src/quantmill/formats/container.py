@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -80,10 +80,44 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return {name: info for _, _, name, info in spans}
 
 
-def write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def begins(file: Path) -> dict[str, int]:
+    """Where in a safetensors file each tensor's bytes begin. The file is one that `read_header` took."""
+    with file.open("rb") as stream:
+        header, data_bytes = _read_json(file, stream)
+    header.pop("__metadata__", None)
+    first = file.stat().st_size - data_bytes
+    return {name: first + entry["data_offsets"][0] for name, entry in header.items()}
+
+
+def map_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file of dtypes that are written, on the CPU, each in a private mapping of its own.
+
+    Memory that was read is given back when its tensor is dropped, whatever becomes of the others. Raises as
+    read_header.
+    """
+    import numpy as np
+    import torch
+
+    dtypes = {stored: getattr(torch, name.removeprefix("torch.")) for name, stored in NAMES.items()}
+    infos, first = read_header(file), begins(file)
+
+    def one(name: str, info: TensorInfo) -> Tensor:
+        dtype = dtypes[info.dtype]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        mapped = np.memmap(file, np.uint8, "c", first[name], info.nbytes)
+        return torch.from_numpy(mapped).view(dtype).reshape(info.shape)
+
+    return {name: one(name, info) for name, info in infos.items()}
+
+
+def write_file(
+    file: Path, tensors: Mapping[str, Tensor], forget: Callable[[str], object] | None = None
+) -> None:
     """Write tensors (on any device) and flush them to the disk. The same tensors give the same bytes.
 
-    Widest elements come first, then names in order, which keeps every tensor aligned for memory mapping.
+    Widest elements come first, then names in order, which keeps every tensor aligned for memory mapping. `forget`
+    is told the name of each tensor that was written and is not needed any more.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: Json = {"__metadata__": {"format": "pt"}}
@@ -99,8 +133,13 @@ def write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
+        ordered.reverse()
+        while ordered:
+            name, tensor = ordered.pop()
             stream.write(_raw(tensor))
+            del tensor
+            if forget:
+                forget(name)
         stream.flush()
         os.fsync(stream.fileno())
 

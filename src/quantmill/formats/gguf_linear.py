@@ -33,17 +33,17 @@ def to_packed(kind: BlockType, rows: Bytes) -> PackedLinear | None:
     """
     if kind.name not in BITS_OF:
         return None
+    from quantmill.formats.repack_numba import whole_zeros
+
     words, scales, minima = split(kind, rows)
-    zeros = None if minima is None else _whole_zeros(scales, minima)
-    if minima is not None and zeros is None:
-        return None
     bits, outputs = BITS_OF[kind.name], len(rows)
-    if zeros is None:
-        zeros = torch.full((outputs, len(scales)), 2 ** (bits - 1), dtype=torch.uint8)
+    qzeros = middle_zeros(len(scales), outputs, bits) if minima is None else whole_zeros(scales, minima)
+    if qzeros is None:
+        return None
     columns = len(scales) * GROUP
     return PackedLinear(
         qweight=words,
-        qzeros=pack_words(zeros, bits).T.contiguous(),
+        qzeros=qzeros,
         scales=scales,
         g_idx=torch.arange(columns, dtype=torch.int32) // GROUP,
         bias=None,
@@ -82,12 +82,18 @@ def split_slowly(kind: BlockType, rows: Bytes) -> tuple[Tensor, Tensor, Tensor |
     return words, per_group(blocks.d), None if blocks.m is None else per_group(blocks.m)
 
 
-def _whole_zeros(d: Tensor, m: Tensor) -> Tensor | None:
-    """Zero points (N, groups) uint8 with -d * zero == m exactly, None where one of them is not whole."""
+def middle_zeros(groups: int, outputs: int, bits: int) -> Tensor:
+    """Words (groups, outputs * bits / 32) int32 of zero points that are all 2^(bits - 1)."""
+    row = pack_words(torch.full((outputs, 1), 2 ** (bits - 1), dtype=torch.uint8), bits)
+    return row.T.repeat(groups, 1)
+
+
+def whole_zeros_torch(d: Tensor, m: Tensor) -> Tensor | None:
+    """The slow twin of `repack_numba.whole_zeros`."""
     wide_d, wide_m = d.double(), m.double()
     zeros = torch.where(wide_d == 0, 0.0, -wide_m / wide_d)
     whole = (zeros == zeros.round()) & (zeros >= 0) & (zeros <= 15) & ((wide_d != 0) | (wide_m == 0))
-    return zeros.to(torch.uint8).T.contiguous() if bool(whole.all()) else None
+    return pack_words(zeros.to(torch.uint8).T, 4).T.contiguous() if bool(whole.all()) else None
 
 
 def lossless_type(packed: PackedLinear) -> BlockType:

@@ -47,6 +47,8 @@ def field(context: Any, record: Any, index: Any) -> Any:
 
 @intrinsic
 def atomic_load(context: Any, address: Any) -> Any:
+    """The int64 at an address, sequentially consistent."""
+
     def emit(c: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         return builder.load_atomic(place, "seq_cst", 8)
@@ -56,6 +58,8 @@ def atomic_load(context: Any, address: Any) -> Any:
 
 @intrinsic
 def atomic_store(context: Any, address: Any, value: Any) -> Any:
+    """Put an int64 at an address, sequentially consistent."""
+
     def emit(c: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         builder.store_atomic(arguments[1], place, "seq_cst", 8)
