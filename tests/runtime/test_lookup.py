@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quantmill.runtime.interface import Piece, RuntimeFacts
-from quantmill.runtime.lookup import Guessing, Index, Tally, generate_ahead
+from quantmill.runtime.lookup import Guessing, Index, Pace, Tally, generate_ahead
 from quantmill.runtime.sampling import SamplerState, sample
 from quantmill.types import SamplingParams
 
@@ -85,15 +85,30 @@ def test_guesses_that_never_hold_are_given_up_for_a_while():
 
 
 def test_the_longest_and_latest_n_gram_is_looked_up():
-    index = Index([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3], Guessing(longest=3, shortest=2, most=3))
-    assert index.guess() == [7, 9, 2]  # after 1 2 3, not after the later 2 3
+    index = Index([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3], Guessing(longest=3, shortest=2))
+    assert index.guess(3) == [7, 9, 2]  # after 1 2 3, not after the later 2 3
     index.add(8)
-    assert index.guess() == [1, 2, 3]  # after 2 3 8
-    assert Index([5, 6, 5, 6, 5, 6], Guessing(most=5)).guess() == [5, 6, 5, 6, 5]
-    assert Index([1, 2, 3], Guessing()).guess() == []
+    assert index.guess(3) == [1, 2, 3]  # after 2 3 8
+    assert Index([5, 6, 5, 6, 5, 6], Guessing()).guess(5) == [5, 6, 5, 6, 5]
+    assert Index([1, 2, 3], Guessing()).guess(5) == []
 
 
 def test_nothing_passes_the_context():
     toy, state = Toy(1), SamplerState(GREEDY, [3])
     ids = [3] * 390
     assert len(list(generate_ahead(toy, ids, range(8), lambda r: sample(r[0], state).token, most=10))) == 10
+
+
+def test_pauses_grow_until_a_guess_is_right():
+    pace, guessed_at = Pace(Guessing(patience=2, pause=4, longest_pause=16)), []
+    for token in range(60):
+        if not pace.rests():
+            guessed_at.append(token)
+            pace.seen(3, 0)
+    assert guessed_at == [0, 1, 6, 7, 16, 17, 34, 35, 52, 53]  # pauses of 4, 8, 16, 16 tokens
+    pace.seen(3, 3)
+    assert pace.most == Guessing().most
+    for _ in range(2):
+        pace.seen(7, 0)
+    assert pace.most == Guessing().least
+    assert [pace.rests() for _ in range(5)] == [True] * 4 + [False]

@@ -17,6 +17,7 @@ from quantmill.runtime.sampling import (
     _kth_largest,
     _walk,
     check_tokens,
+    picked_rows,
     sample,
     sample_rows,
     score,
@@ -227,6 +228,13 @@ def test_the_twins_draw_the_same(rows: int, vocab: int, device: str) -> None:
         assert np.array_equal(tensor.cpu().numpy(), kept)
     # A draw or a cut that falls between two roundings of float32 may differ, and so may what follows it.
     assert same >= total * 0.97, f"{same} of {total}"
+
+
+def test_rows_are_picked_where_they_are() -> None:
+    logits = np.arange(12, dtype=np.float32).reshape(4, 3)
+    there = picked_rows(torch.from_numpy(logits), [3, 1])
+    assert isinstance(there, torch.Tensor)
+    assert np.array_equal(there.numpy(), picked_rows(logits, [3, 1]))
 
 
 def test_a_device_that_draws_otherwise_is_not_used(

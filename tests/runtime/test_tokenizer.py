@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from quantmill.errors import BadCheckpoint, BadRequest, SourceNotFound
-from quantmill.runtime.tokenizer import Detokenizer, TextTokenizer, open_tokenizer
+from quantmill.runtime.tokenizer import LONG, Detokenizer, TextTokenizer, open_tokenizer
 from tiny_models import byte_level_tokenizer
 
 TEXTS = (
@@ -88,6 +89,28 @@ def change(path: Path, **values) -> None:
 def test_as_transformers_reads_it(folder: Path):
     same(folder)
     same_talk(folder)
+
+
+def test_a_long_text_holds_up_nobody(folder: Path):
+    ours, text = open_tokenizer(folder), "the cat — " * (2 * LONG)
+    told: list[int] = []
+
+    async def others() -> None:
+        while True:
+            told.append(len(told))
+            await asyncio.sleep(0.001)
+
+    async def both() -> list[int]:
+        beside = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        ids = await ours.aencode(text)
+        beside.cancel()
+        return ids
+
+    ids = asyncio.run(both())
+    assert len(told) > 3
+    assert ids == list(ours.backend.encode(text).ids)
+    assert ours.encode(text, special=False) == list(ours.backend.encode(text, add_special_tokens=False).ids)
 
 
 def test_end_tokens_of_every_config(folder: Path):

@@ -34,7 +34,7 @@ from quantmill.runtime.engine_types import (
 )
 from quantmill.runtime.interface import PAGE, Piece, Runtime, RuntimeFacts
 from quantmill.runtime.pages import PagePool, pages_for
-from quantmill.runtime.sampling import Sampled, begin_rows, check_tokens, score
+from quantmill.runtime.sampling import Sampled, begin_rows, check_tokens, picked_rows, score
 
 CUT = 512  # tokens: enough for a matrix product at full speed
 BY_LENGTH = ("cuda", "reference")  # in the names of back ends whose bits depend on a piece's length
@@ -180,7 +180,7 @@ class Engine:
         rows = [row for _, row in done]
         try:
             masks = [s.matcher.mask() if s.matcher is not None else None for s, _ in done]
-            wanted = logits if len(rows) == len(logits) else logits[rows]
+            wanted = logits if len(rows) == len(logits) else picked_rows(logits, rows)
             drawing = begin_rows(wanted, [s.state for s, _ in done], masks)
             meanwhile()
             drawn = drawing()

@@ -227,6 +227,10 @@ class LLM:
         """Token ids of a text with the tokens that begin it; ids as they are."""
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
 
+    async def aids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The same in an event loop, which goes on meanwhile."""
+        return tuple(await self.tokenizer.aencode(prompt) if isinstance(prompt, str) else prompt)
+
     def _submit(self, job: Job, box: Box) -> tuple[str, Reply]:
         matcher = self.constraints.compile(job.constraint) if job.constraint is not None else None
         name, ids = str(next(self._numbers)), self.ids(job.prompt)

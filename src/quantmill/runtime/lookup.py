@@ -22,9 +22,38 @@ class Guessing:
 
     longest: int = 4  # tokens of an n-gram that is looked up
     shortest: int = 2
-    most: int = 7  # tokens guessed at once: with the one before them, a pass of 8 rows
-    patience: int = 4  # after so many guesses in a row that were wrong from the first token ...
-    pause: int = 16  # ... so many tokens pass without a guess
+    least: int = 3  # tokens guessed at once where the last guess was not right ...
+    most: int = 7  # ... and where it was: with the one before them, a pass of 8 rows
+    patience: int = 2  # after so many guesses in a row that were wrong from the first token ...
+    pause: int = 16  # ... so many tokens pass without a guess, twice as many each time until one is right
+    longest_pause: int = 256
+
+
+class Pace:
+    """How much is guessed, by how guesses have turned out: texts that do not repeat themselves lose little."""
+
+    def __init__(self, guessing: Guessing) -> None:
+        self._guessing = guessing
+        self._wrong = self._rest = 0
+        self._pause = guessing.pause
+        self.most = guessing.least
+
+    def rests(self) -> bool:
+        """Whether the next token is not guessed; asked once a pass."""
+        self._rest -= 1
+        return self._rest >= 0
+
+    def seen(self, guessed: int, right: int) -> None:
+        """A pass has shown how many of the guessed tokens were right."""
+        if not guessed:
+            return
+        self.most = self._guessing.most if right == guessed else self._guessing.least
+        self._wrong = 0 if right else self._wrong + 1
+        if right:
+            self._pause = self._guessing.pause
+        if self._wrong >= self._guessing.patience:
+            self._wrong, self._rest = 0, self._pause
+            self._pause = min(2 * self._pause, self._guessing.longest_pause)
 
 
 class Index:
@@ -32,7 +61,6 @@ class Index:
 
     def __init__(self, ids: Sequence[int], guessing: Guessing) -> None:
         self._sizes = range(guessing.longest, guessing.shortest - 1, -1)
-        self._most = guessing.most
         self.ids: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where the text went on after it
         for token in ids:
@@ -45,20 +73,20 @@ class Index:
                 self._ends[tuple(self.ids[-size:])] = len(self.ids)
         self.ids.append(token)
 
-    def guess(self) -> list[int]:
+    def guess(self, most: int) -> list[int]:
         """What followed the longest n-gram at the end of the text the last time; [] where none was there before."""
         for size in self._sizes:
             if len(self.ids) < size:
                 continue
             at = self._ends.get(tuple(self.ids[-size:]))
             if at is not None:
-                return self._ahead(at)
+                return self._ahead(at, most)
         return []
 
-    def _ahead(self, at: int) -> list[int]:
+    def _ahead(self, at: int, most: int) -> list[int]:
         """`most` tokens from `at` on; where the text ends first, it repeats."""
         period = len(self.ids) - at
-        return [self.ids[at + i % period] for i in range(self._most)]
+        return [self.ids[at + i % period] for i in range(most)]
 
 
 @dataclass(slots=True)
@@ -86,18 +114,16 @@ def generate_ahead(
     called once for every token that is yielded, in order, and never for a guess that fell.
     """
     guessing, tally = guessing or Guessing(), tally or Tally()
-    index, made = Index(ids, guessing), 0
+    index, pace, made = Index(ids, guessing), Pace(guessing), 0
     logits = read_prompt(runtime, ids, pages)
     token = draw(logits)
-    wrong = rest = 0
     while True:
         made += 1
         index.add(token)
         yield token
         if made == most:
             return
-        guess = index.guess() if not rest else []
-        rest = max(0, rest - 1)
+        guess = [] if pace.rests() else index.guess(pace.most)
         at = len(index.ids) - 1
         guess = guess[: min(most - made - 1, runtime.facts.context - at - 1)]
         rows = runtime.forward([Piece([token, *guess], at, pages, every=True)])
@@ -111,9 +137,7 @@ def generate_ahead(
             yield token
             token = draw(rows[stood : stood + 1])
         tally.right += stood
-        wrong = wrong + 1 if guess and not stood else 0 if guess else wrong
-        if wrong >= guessing.patience:
-            wrong, rest = 0, guessing.pause
+        pace.seen(len(guess), stood)
 
 
 def read_prompt(runtime: Runtime, ids: Sequence[int], pages: Sequence[int]) -> Logits:

@@ -135,6 +135,15 @@ def begin_rows(
     return lambda: sample_on_processor(logits, states, masks)
 
 
+def picked_rows(logits: Any, rows: list[int]) -> Any:
+    """These rows of logits, where they are. A GPU is not waited for."""
+    if isinstance(logits, np.ndarray):
+        return logits[rows]
+    from quantmill.runtime import sampling_torch
+
+    return sampling_torch.picked_rows(logits, rows)
+
+
 def sample_on_processor(
     logits: Row, states: Sequence[SamplerState], masks: Sequence[Mask | None] | None = None
 ) -> list[Sampled]:

@@ -53,11 +53,11 @@ def begin_rows(
     best, token = row.max(dim=-1)
     warm = [i for i, s in enumerate(states) if not s.greedy]
     if warm:
-        some = _pick(row, warm)
-        drawn = _draw([states[i] for i in warm], some, _pick(best, warm))
+        some = picked_rows(row, warm)
+        drawn = _draw([states[i] for i in warm], some, picked_rows(best, warm))
         token = drawn if len(warm) == len(states) else token.index_copy(0, _index(warm, row), drawn)
     spoken = [i for i, s in enumerate(states) if s.wants_logprob]
-    report = _report(_pick(logits, spoken), _pick(token, spoken), [states[i] for i in spoken])
+    report = _report(picked_rows(logits, spoken), picked_rows(token, spoken), [states[i] for i in spoken])
     found = _fetch(torch.stack([token, torch.isfinite(best).long()]))
     return lambda: _taken(found().tolist(), states, dict(zip(spoken, report(), strict=True)))
 
@@ -119,7 +119,7 @@ def _index(rows: list[int], like: Tensor) -> Tensor:
     return _to(np.array(rows, np.int64), like)
 
 
-def _pick(rows: Tensor, wanted: list[int]) -> Tensor:
+def picked_rows(rows: Tensor, wanted: list[int]) -> Tensor:
     """These rows; no copy where they are all."""
     return rows if len(wanted) == len(rows) else rows.index_select(0, _index(wanted, rows))
 
@@ -165,7 +165,7 @@ def _masked(logits: Tensor, masks: Sequence[Mask | None] | None) -> Tensor:
         return logits
     allowed = _to(np.stack([m for _, m in held]), logits)
     rows = [i for i, _ in held]
-    return logits.index_copy(0, _index(rows, logits), _pick(logits, rows).masked_fill(~allowed, _NONE))
+    return logits.index_copy(0, _index(rows, logits), picked_rows(logits, rows).masked_fill(~allowed, _NONE))
 
 
 def _draw(states: list[SamplerState], row: Tensor, best: Tensor) -> Tensor:

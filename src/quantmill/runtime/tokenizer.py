@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Detokenizer", "Message", "TextTokenizer", "open_tokenizer"]
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LONG = 8192  # characters, some milliseconds: a longer text is encoded without holding up other threads
 _BROKEN = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet
 _LONGEST_PART = 16  # tokens held back for one character; four bytes are the most that UTF-8 needs
 _SPACE = "\u2581"  # SentencePiece's mark for a space
@@ -72,7 +73,18 @@ class TextTokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special`: with the tokens that begin and end a text, where this tokenizer has any."""
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        if len(text) <= LONG:
+            return list(self.backend.encode(text, add_special_tokens=special).ids)
+        # Of several texts it lets go of the interpreter's lock, and seconds for a megabyte would hold up all else.
+        return list(self.backend.encode_batch([text], add_special_tokens=special)[0].ids)
+
+    async def aencode(self, text: str, special: bool = True) -> list[int]:
+        """`encode` in an event loop, which goes on meanwhile."""
+        if len(text) <= LONG:
+            return self.encode(text, special)
+        import asyncio
+
+        return await asyncio.to_thread(self.encode, text, special)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))

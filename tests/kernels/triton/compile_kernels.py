@@ -34,7 +34,7 @@ def compiled(kernel, constants: dict, capability: int, types: dict[str, str]):
     """The kernel with aligned pointers, as real calls have them."""
     names = kernel.arg_names
     constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps", 4)}
+    options = {"num_warps": constants.pop("num_warps", 4), "maxnreg": constants.pop("maxnreg", None)}
     kinds = {**POINTERS, **NUMBERS, **types}
     kinds = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     whole = [n for n in names if kinds[n].startswith("*") or n in WHOLE]
@@ -89,9 +89,11 @@ def wide(tiled: TiledLinear, rows: int, dtype: torch.dtype):
 
     cut = tuning.rule_wide(tiled, rows)
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
-    x = f"tensordesc<{name}[{cut.rows}, {tuning.STEP}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-    types = {"x": x, "y": f"*{name}", "words": "*i16", "scales": "*i16", "zeros": "*i16"}
-    extra = {"HAS_BIAS": True, "PDL": True, "SPLIT": rows <= 64}
+    lines = repr(gl.NVMMASharedLayout(128, 16, 2))
+    x = f"tensordesc<{name}[{cut.rows}, {tuning.STEP}],{lines}>"
+    y = f"tensordesc<{name}[{cut.rows}, {16 * cut.warps}],{lines}>"
+    types = {"x": x, "y": y, "words": "*i16", "scales": "*i16", "zeros": "*i16"}
+    extra = {"HAS_BIAS": True, "PDL": True}
     return compiled(wide_kernel, linear._wide_constants(tiled, dtype, cut) | extra, 90, types)
 
 

@@ -274,31 +274,32 @@ def test_gated_order_puts_eight_rows_of_each_side_by_side():
     assert sorted(order.tolist()) == list(range(48))
 
 
+# bits, group, symmetric, dtype, inputs: whole turns of 256 columns or not; (rows of x, warps, tiles) of a cut
 WIDE_KINDS = [
-    (4, 128, True, torch.float16), (4, 32, False, torch.float16), (4, -1, True, torch.bfloat16),
-    (3, 128, True, torch.float16), (3, 32, False, torch.bfloat16), (8, 128, True, torch.float16),
-    (8, 64, False, torch.float16), (2, 64, True, torch.float16), (2, -1, False, torch.bfloat16),
+    (4, 128, True, torch.float16, 1088, (256, 8, 1)), (4, 128, True, torch.float16, 1024, (128, 8, 1)),
+    (8, 128, True, torch.float16, 1088, (64, 8, 1)), (8, 64, False, torch.float16, 1024, (128, 16, 1)),
+    (3, 128, True, torch.float16, 1088, (256, 8, 1)), (3, 32, False, torch.bfloat16, 1024, (32, 16, 1)),
+    (2, 64, True, torch.float16, 1088, (128, 8, 2)), (2, -1, False, torch.bfloat16, 1024, (64, 4, 1)),
+    (4, 32, False, torch.float16, 1088, (64, 16, 1)), (4, -1, True, torch.bfloat16, 1024, (16, 8, 1)),
 ]  # fmt: skip
 
 
 @needs_gpu
-@pytest.mark.parametrize(("bits", "group", "sym", "dtype"), WIDE_KINDS)
-def test_the_kernel_for_many_rows(device, bits, group, sym, dtype):
+@pytest.mark.parametrize(("bits", "group", "sym", "dtype", "k", "shape"), WIDE_KINDS)
+def test_the_kernel_for_many_rows(device, monkeypatch, bits, group, sym, dtype, k, shape):
     if not linear.has_wide(device):
         pytest.skip("no wgmma here")
-    packed, weight = make(1088, 512, bits, group, sym=sym, bias=True, device=device)
+    packed, weight = make(k, 512, bits, group, sym=sym, bias=True, device=device)
     runnable = linear.RunnableLinear.of(packing.tile(packed))
-    for rows in (17, 65, 300):
-        x = torch.randn(rows, 1088, device=device).to(dtype)
-        same = {}
-        for shape, rest in (((128, 8, 2), (2, 3)), ((256, 8, 1), (2, 2)), ((64, 4, 2), (1, 1))):
-            for parts in (1, 3):
-                cut = tuning.WideCut(*shape, parts, *rest)
-                for _ in range(3):  # a race would show in one of them
-                    y = linear.wide_product(x, runnable, cut)
-                    assert wrong(y, x, weight, packed.bias) < (5e-4 if dtype == torch.float16 else 4e-3)
-                    assert torch.equal(y, same.setdefault(parts, y)), "the same bits whatever the blocks"
-                assert torch.equal(linear.wide_product(x[5:6], runnable, cut), y[5:6]), "and alone"
+    shares = ((1, 0), (3, 0), (1, 1), (1, 2))  # parts of K, or programs that stay
+    for rows, processors, (parts, stay) in itertools.product((17, 65, 300), (132, 3), shares):
+        monkeypatch.setattr(tuning, "processors", lambda device, n=processors: n)
+        x = torch.randn(rows, k, device=device).to(dtype)
+        cut = tuning.WideCut(*shape, parts, stay)
+        first = linear.wide_product(x, runnable, cut)
+        assert wrong(first, x, weight, packed.bias) < (5e-4 if dtype == torch.float16 else 4e-3)
+        for _ in range(3):  # a race would show in one of them
+            assert torch.equal(linear.wide_product(x, runnable, cut), first)
         assert not runnable.arrived.any(), "the counters are zeros again"
 
 

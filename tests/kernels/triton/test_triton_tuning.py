@@ -42,7 +42,7 @@ def test_what_was_measured_goes_before_the_rule():
     linear = tiled()
     rule = tuning.cut_for(linear, 1)
     assert rule == tuning.cut_for(linear, 2)
-    one, wide = Cut(8, 4, 2, 1, 1, 5, 1, False, False), WideCut(128, 8, 2, 4, 2, 3)
+    one, wide = Cut(8, 4, 2, 1, 1, 5, 1, False, False), WideCut(128, 8, 2, 4)
     name = tuning.device_name(linear.words.device)
     tuning.remember(name, tuning.key_of(linear), {2: one}, {128: wide, 256: None})
     assert tuning.cut_for(linear, 1) == one
@@ -58,9 +58,27 @@ def test_what_the_kernel_for_many_rows_takes():
     for linear in (tiled(), tiled(bits=2), tiled(bits=3), tiled(k=576, n=192), tiled(group=-1)):
         for rows in (17, 100, 256, 1000):
             check_wide(linear, tuning.wide_cut(linear, rows))
-        assert tuning.wide_cut(linear, tuning.MOST_WIDE + 1) is None
+        assert tuning.wide_cut(linear, tuning.MOST_WIDE[linear.shape.bits] + 1) is None
     assert tuning.wide_cut(tiled(group=16), 256) is None
-    assert tuning.wide_cut(tiled(bits=8), 256) is None, "not proven on a GPU"
+    assert tuning.wide_cut(tiled(n=4095), 256) is None, "the copy engine cannot write its rows"
+
+
+@pytest.mark.parametrize("rows", [17, 64, 300, 2048, 5000])
+def test_shares_cover_all_tiles(monkeypatch, rows):
+    """Of programs that stay, whole tiles are whole rounds, and no more is shared than must be."""
+    monkeypatch.setattr(tuning, "processors", lambda device: 132)
+    for linear in (tiled(), tiled(k=576, n=192), tiled(n=28672)):
+        for cut in tune.wide_candidates(linear, rows):
+            share = tuning.shares(linear, rows, cut)
+            turns = -(-linear.columns // tuning.TURN)
+            assert share.tiles == linear.rows // (16 * cut.warps * cut.tiles) * -(-rows // cut.rows)
+            assert share.shared <= min(share.tiles, tuning.MOST_SHARED)
+            assert share.programs <= (share.shared or share.tiles) * turns, "no program is without a turn"
+            if cut.stay:
+                assert (share.tiles - share.shared) % share.programs == 0
+                assert share.programs <= 132 * cut.stay
+            else:
+                assert share.programs == share.tiles * cut.parts
 
 
 @pytest.mark.parametrize(("asked", "rows"), [("", 32), ("64", 64), ("1000", 128), ("many", 32)])
@@ -76,6 +94,7 @@ def check_wide(linear, cut):
     assert linear.rows % (packing.TILE * cut.warps * cut.tiles) == 0
     assert cut.parts <= -(-linear.columns // tuning.TURN)
     assert 1 <= cut.open <= cut.pieces * cut.tiles
+    assert cut.parts == 1 or not cut.stay
     assert cut.rows * cut.tiles <= 256, "a thread's registers hold the sums"
 
 

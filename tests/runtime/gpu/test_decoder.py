@@ -11,6 +11,7 @@ import torch
 from gptq_models import FAMILIES, write_quantized
 from quantmill.errors import BadRequest
 from quantmill.runtime.gpu import decoder as gpu
+from quantmill.runtime.gpu import pieces, prompts
 from quantmill.runtime.gpu.decoder import GpuRuntime
 from quantmill.runtime.interface import PAGE, Piece
 from quantmill.types import ActOrder, QuantConfig
@@ -61,6 +62,55 @@ def test_logits_are_those_of_transformers(family, tmp_path, device):
     runtime, ids = opened(tmp_path, device), ids_of(20)
     assert error(read(runtime, ids, 18), wanted_logits(twin, ids)) < 5e-3
     assert runtime.facts.window == (8 if family == "mistral" else None)
+
+
+def test_the_newest_logits_are_the_last_of_all(tmp_path, device):
+    made(tmp_path, "llama", num_hidden_layers=2)
+    runtime, ids = opened(tmp_path, device), ids_of(70)
+    every = runtime.forward([Piece(ids, 0, pages(0, 70), every=True)]).cpu().clone()
+    newest = runtime.forward([Piece(ids, 0, pages(0, 70))]).cpu()
+    assert newest.shape == (1, every.shape[1])
+    assert error(newest, every[-1:]) < 2e-3
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_filler_behind_a_prompt_changes_nothing(by_torch, tmp_path, device, monkeypatch):
+    """What graphs of prompts rest on: two pieces of a text in passes of more rows than they have tokens."""
+    monkeypatch.setattr(prompts, "LEAST_ROWS", 16 if by_torch else 1 << 20)
+    made(tmp_path, "llama")
+    runtime, ids, place, halves = opened(tmp_path, device), ids_of(40), pages(0, 40), ((0, 20), (20, 40))
+    wanted = [runtime.forward([Piece(ids[a:b], a, place)]).cpu().clone() for a, b in halves]
+    cache, found = runtime.model.caches[0], []
+    before = [t.clone() for t in (cache.keys, cache.values)]
+    with torch.inference_mode():
+        for first, last in halves:
+            runtime._pieces._send(ids[first:last], first, place, 32)
+            start = pieces._graphs_start(by_torch and first == 0)
+            found.append(runtime._pieces._last(32, *start).cpu())
+    assert all(error(a, b) < 2e-3 for a, b in zip(found, wanted, strict=True))
+    for mine, old in zip((cache.keys, cache.values), before, strict=True):
+        assert error(mine, old.cpu().float()) < 2e-3
+        assert torch.equal(mine[:, :, 40:], old[:, :, 40:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs need a GPU")
+@pytest.mark.parametrize("count", [30, 64, 500, 512])
+def test_a_prompts_second_pass_is_a_graph(count, tmp_path, device):
+    made(tmp_path, "llama", num_hidden_layers=2, max_position_embeddings=1024)
+    runtime = opened(tmp_path, device, context=1024)
+    for start in (0, 100):
+        texts = [ids_of(count, seed) for seed in range(4)]
+        passes = [runtime.forward([Piece(t, start, pages(0, start + count))]).clone() for t in texts]
+        graphs = len(runtime._pieces._graphs)
+        assert graphs
+        runtime._pieces._graphs.clear()
+        runtime._pieces._seen.clear()
+        for text, found in zip(texts, passes, strict=True):
+            runtime._pieces._seen.clear()
+            wanted = runtime.forward([Piece(text, start, pages(0, start + count))])
+            assert torch.equal(wanted, found)
+    every = runtime.forward([Piece(texts[0], 100, pages(0, 100 + count), every=True)])
+    assert error(passes[0], every[-1:].cpu().float()) < 5e-3
 
 
 @pytest.mark.parametrize("window", [64, 100])

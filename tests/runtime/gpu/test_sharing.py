@@ -11,7 +11,10 @@ from gptq_models import FAMILIES, write_quantized
 from lockstep import together
 from quantmill.runtime.gpu.decoder import GpuRuntime
 from quantmill.runtime.interface import Piece
-from quantmill.runtime.parallel.team import Team
+from quantmill.runtime.opening import open_runtime
+from quantmill.runtime.parallel.opening import SHARE_GPU
+from quantmill.runtime.parallel.sums import Nccl, OneShot
+from quantmill.runtime.parallel.team import SUMS, Team
 from quantmill.types import ActOrder, QuantConfig
 from tiny_models import tiny_model
 
@@ -55,16 +58,43 @@ def test_ranks_together_are_one(family, config, shuffled, ranks, tmp_path, devic
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_sums_are_part_of_graphs(tmp_path, device):
-    """A team of one: its sums change nothing, but go through NCCL inside every graph."""
+@pytest.mark.parametrize("way", ["nccl", "one-shot"])
+def test_sums_are_part_of_graphs(way, tmp_path, device, monkeypatch):
+    """A team of one: its sums change nothing, but go through every graph."""
     if device.type != "cuda":
         pytest.skip("NCCL needs a GPU")
+    monkeypatch.setenv(SUMS, way)
     write_quantized(tmp_path, tiny_model("llama"), FOUR)
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     team = Team(meeting, 0, 1, device, nccl=True)
     assert team.captured
+    assert type(team._ways[0]) is {"nccl": Nccl, "one-shot": OneShot}[way]
     assert torch.equal(logits(tmp_path, device, team), logits(tmp_path, device))
+
+
+@pytest.mark.parametrize("way", ["gloo", "one-shot"])
+def test_two_processes_share_a_gpu(way, tmp_path, device, monkeypatch):
+    """Sums through gloo without graphs, or in graphs by memory that both see: the tokens of one process."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    monkeypatch.setenv(SHARE_GPU, "1")
+    monkeypatch.setenv(SUMS, way)
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    write_quantized(tmp_path, tiny_model("llama"), FOUR)
+    told = []
+    for ranks in (1, 2):
+        options = {"context": 64, "kv_tokens": 128, "selftest": False, "tensor_parallel": ranks}
+        runtime = open_runtime(tmp_path, device="cuda", **options)
+        tokens = list(IDS)
+        for _ in range(16):
+            start = len(tokens) - 1 if len(tokens) > len(IDS) else 0
+            tokens.append(int(runtime.forward([Piece(tokens[start:], start, (0,))])[-1].argmax()))
+        if ranks == 2:
+            assert bool(runtime._local._steps._graphs) == (way == "one-shot")
+        runtime.close()
+        told.append(tokens)
+    assert told[0] == told[1]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from gptq_models import FAMILIES, write_quantized
 from lockstep import LockstepTeam, together
 from quantmill.checkpoint import open_checkpoint
 from quantmill.runtime.cpu.runtime import CpuRuntime
+from quantmill.runtime.cpu.settings import MODEL_TYPES
 from quantmill.runtime.interface import Piece
 from quantmill.runtime.parallel.part import part_for
 from quantmill.types import ActOrder, QuantConfig
@@ -48,7 +49,7 @@ def refuse_difference(folder: Path, ranks: int) -> None:
     assert all(np.array_equal(results[0][1], other[1]) for other in results[1:]), "all hold one residual"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_families(family: str, tmp_path: Path) -> None:
     refuse_difference(made(tmp_path, family), 2)
 

@@ -39,8 +39,9 @@ class RunnableLinear:
 
     @classmethod
     def of(cls, tiled: TiledLinear) -> RunnableLinear:
-        programs = tiled.rows // TILE * -(-tuning.MOST_FEW // 8)
-        return cls(tiled, torch.zeros(programs, dtype=torch.int32, device=tiled.words.device))
+        device = tiled.words.device
+        programs = max(tiled.rows // TILE * -(-tuning.MOST_FEW // 8), tuning.MOST_SHARED)
+        return cls(tiled, torch.zeros(programs, dtype=torch.int32, device=device))
 
 
 def matmul(x: Tensor, linear: RunnableLinear) -> Tensor:
@@ -68,10 +69,14 @@ def _wide_cut(x: Tensor, linear: RunnableLinear) -> WideCut | None:
     if cut is None:
         return None
     key = ("wide", cut, t.shape, t.units, t.zeros is None, t.bias is None, x.dtype, x.device)
-    generator = torch.Generator(x.device).manual_seed(0)
+
+    def noise() -> Tensor:  # made when asked for: a captured CUDA graph allows no new generator
+        generator = torch.Generator(x.device).manual_seed(0)
+        return torch.randn(cut.rows + 3, x.shape[1], device=x.device, generator=generator).to(x.dtype)
+
     right = agree(
         key,
-        lambda: torch.randn(cut.rows + 3, x.shape[1], device=x.device, generator=generator).to(x.dtype),
+        noise,
         lambda x: wide_product(x, linear, cut),
         lambda x: dense_product(x, t),
     )
@@ -258,31 +263,33 @@ def _wide_call(x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | No
     t = linear.tiled
     x = readable(x, t)
     y = torch.empty(x.shape[0], t.out_features, dtype=x.dtype, device=x.device)
-    turns = t.rows // (TILE * cut.warps * cut.tiles) * -(-x.shape[0] // cut.rows)
-    assert cut.parts == 1 or turns <= linear.arrived.numel(), "the counters are made for so many programs"
-    size = 0 if cut.parts == 1 else turns * cut.parts * TILE * cut.warps * cut.tiles * cut.rows
-    sums = x.new_empty(size, dtype=torch.float32) if size else t.scales
+    share = tuning.shares(t, x.shape[0], cut)
+    assert share.shared <= linear.arrived.numel(), "the counters are made for so many tiles"
+    size = 2 * share.programs * TILE * cut.warps * cut.tiles * cut.rows if share.shared else 0
+    sums = x.new_empty(size, dtype=torch.float32) if size else t.scales.view(torch.float32)
     early = can_start_early(x.device) if early is None else early
     halves, none = torch.int16, t.scales
     arguments = (
-        _blocks_of(x, cut.rows), t.words.view(halves), t.scales.view(halves),
-        (none if t.zeros is None else t.zeros).view(halves), none if t.bias is None else t.bias, y, sums,
-        linear.arrived, x.shape[0], t.out_features, cut.parts,
+        _blocks_of(x, cut.rows, tuning.STEP), t.words.view(halves), t.scales.view(halves),
+        (none if t.zeros is None else t.zeros).view(halves), none if t.bias is None else t.bias,
+        _blocks_of(y, cut.rows, TILE * cut.warps), sums, linear.arrived, x.shape[0], t.out_features,
+        share.tiles, share.shared,
     )  # fmt: skip
     options = _wide_constants(t, x.dtype, cut) | {"PDL": early} | ({"launch_pdl": True} if early else {})
-    return y, _Launch(wide_kernel, turns * cut.parts, arguments, options)
+    return y, _Launch(wide_kernel, share.programs, arguments, options)
 
 
-def _blocks_of(x: Tensor, rows: int) -> object:
-    """x as the copy engine takes it: blocks of so many rows and 64 columns, zeros beyond its edges."""
+def _blocks_of(x: Tensor, rows: int, columns: int) -> object:
+    """x as the copy engine takes it: blocks of so many rows and columns, zeros beyond its edges."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(x, [rows, tuning.STEP], gl.NVMMASharedLayout(128, 16, 2))
+    return TensorDescriptor.from_tensor(x, [rows, columns], gl.NVMMASharedLayout(128, 16, 2))
 
 
 def _wide_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[str, object]:
     """What the kernel is compiled for, but for PDL."""
+    units = tuning.TURN // t.shape.columns
     return {
         "UNITS": t.units,
         "BITS": t.shape.bits,
@@ -290,15 +297,15 @@ def _wide_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[st
         "HAS_ZERO": t.zeros is not None,
         "HAS_BIAS": t.bias is not None,
         "BF16": dtype == torch.bfloat16,
-        "SPLIT": cut.parts > 1,
         "WARPS": cut.warps,
         "BT": cut.rows,
         "REPS": cut.tiles,
-        "AHEAD": tuning.TURN // t.shape.columns,
-        "STAGES": tuning.TURN // tuning.STEP,
+        "AHEAD": units,
+        "DEPTH": units if cut.rows < 128 else max(1, units // 2),  # registers are short with many rows
         "PIECES": cut.pieces,
         "OPEN": cut.open,
         "num_warps": cut.warps,
+        **({"maxnreg": 128} if (cut.rows, cut.warps, cut.tiles) == (128, 8, 1) else {}),  # two programs fit
     }
 
 

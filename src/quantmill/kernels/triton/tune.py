@@ -35,10 +35,9 @@ STAGED_BYTES = 112 << 10  # of x in shared memory: two programs of a multiproces
 # (warps beside each other, tiles of a warp, units read ahead for one tile) that won somewhere on an H200
 SHARES = ((4, 1, 8), (4, 2, 8), (8, 1, 8), (8, 2, 8), (4, 4, 8))
 FEW_SHARES = ((1, 1, 8), (1, 2, 16), (1, 1, 4), (1, 2, 8))
-# (rows of x, warps, tiles of a warp, pieces of a block of columns, products that may be unfinished)
+# (rows of x, warps): 16 rows of weights a warp
 WIDE_SHARES = (
-    (256, 8, 1, 2, 2), (256, 8, 1, 4, 3), (128, 8, 2, 2, 3), (128, 8, 2, 1, 1), (128, 8, 1, 2, 2),
-    (128, 4, 2, 2, 3), (64, 8, 2, 2, 3), (64, 4, 2, 2, 3), (64, 8, 1, 2, 2), (32, 8, 2, 2, 3), (32, 4, 2, 2, 3),
+    (256, 8), (128, 8), (128, 16), (64, 8), (64, 16), (64, 4), (32, 8), (32, 16), (32, 4), (16, 8), (16, 16),
 )  # fmt: skip
 
 
@@ -100,12 +99,18 @@ def wide_candidates(linear: TiledLinear, rows_of_x: int) -> Iterator[WideCut]:
     if not tuning.wide_takes(linear):
         return
     busy, longest = tuning.processors(linear.words.device), -(-linear.columns // tuning.TURN)
-    for (rows, warps, own, *rest), parts in itertools.product(WIDE_SHARES, (1, 2, 3, 4, 6, 8)):
-        turns = linear.rows // (TILE * warps * own) * -(-rows_of_x // rows)
-        fits = linear.rows % (TILE * warps * own) == 0 and parts <= longest
-        near = min(rows_of_x, 64) <= rows < 2 * max(rows_of_x, 16)
-        if fits and near and busy / 2 <= turns * parts and (parts == 1 or turns * parts <= 2.5 * busy):
-            yield WideCut(rows, warps, own, parts, *rest)
+    for rows, warps in WIDE_SHARES:
+        tiles = linear.rows // (TILE * warps) * -(-rows_of_x // rows)
+        near = min(rows_of_x // 2, 128) <= rows < 2 * max(rows_of_x, 16)
+        if not near or linear.rows % (TILE * warps):
+            continue
+        for parts in (1, 2, 3, 4, 6, 8):
+            split = parts == 1 or (tiles * parts <= 2.5 * busy and tiles <= tuning.MOST_SHARED)
+            if parts <= longest and busy / 2 <= tiles * parts and split:
+                yield WideCut(rows, warps, 1, parts)
+        for stay in (1, 2):
+            if (rows, warps, stay) != (256, 8, 2) and tiles > busy / 2:
+                yield WideCut(rows, warps, 1, 1, stay)
 
 
 def copies(linear: TiledLinear) -> list[RunnableLinear]:

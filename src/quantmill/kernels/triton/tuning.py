@@ -28,10 +28,8 @@ MOST_FEW = 128  # up to so many rows go there, and a row's bits do not depend on
 SAME_BITS = "QUANTMILL_SAME_BITS"  # so many rows, 32 unless set; above, the kernel for many rows goes first
 MOST_STAGED = 64 << 10  # bytes of x in shared memory, by rule: fits every GPU
 WIDE_ROWS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # entries of the kernel for many rows
-MOST_WIDE = (
-    1024  # rows that it takes where nothing was measured: a dense copy was within 1.13 of cuBLAS above
-)
-PROVEN_WIDE = (2, 3, 4)  # bits
+MOST_WIDE = {2: 4096, 3: 4096, 4: 4096, 8: 512}  # by bits: rows that it takes where nothing was measured
+MOST_SHARED = 1024  # tiles that several programs share
 STEP, TURN = 64, 256  # columns that it takes at once, and that it has asked for
 
 
@@ -59,11 +57,21 @@ class WideCut:
     """The same for the kernel for many rows."""
 
     rows: int  # of x: 16, 32 ... 256
-    warps: int  # 4 or 8
+    warps: int  # 4, 8 or 16
     tiles: int  # of 16 rows, of every warp
-    parts: int  # of K
-    pieces: int = 2  # of a block of columns, multiplied one after the other
-    open: int = 2  # products that may be unfinished while the next weights are made
+    parts: int  # of K: a program takes one part of one tile; 1 where programs stay
+    stay: int = 0  # programs of a multiprocessor that stay and share all tiles equally; 0: none do
+    pieces: int = 4  # of a block of columns, multiplied one after the other
+    open: int = 3  # products that may be unfinished while the next weights are made
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a launch of the kernel for many rows is shared out."""
+
+    programs: int
+    tiles: int  # blocks of rows of weights times blocks of rows of x
+    shared: int  # of them: by several programs
 
 
 @functools.cache
@@ -100,15 +108,26 @@ def wide_cut(linear: TiledLinear, rows_of_x: int) -> WideCut | None:
     if entry is not None and str(block) in entry.get("wide", {}):
         found = entry["wide"][str(block)]
         return None if found is None else WideCut(*found)
-    return rule_wide(linear, rows_of_x) if rows_of_x <= MOST_WIDE else None
+    return rule_wide(linear, rows_of_x) if rows_of_x <= MOST_WIDE[linear.shape.bits] else None
 
 
 def wide_takes(linear: TiledLinear) -> bool:
-    """Whether the kernel for many rows is used: not for groups of 16, which it does not know.
+    """Whether the kernel for many rows can be used: not for groups of 16, which it does not know.
 
-    Nor for 8 bits, where its order of units has not run on a GPU since it was put right.
+    Nor where rows of the result do not begin at 16 bytes, as the copy engine wants them.
     """
-    return not linear.shape.narrow and linear.shape.bits in PROVEN_WIDE
+    return not linear.shape.narrow and linear.out_features % 8 == 0
+
+
+def shares(linear: TiledLinear, rows_of_x: int, cut: WideCut) -> Shares:
+    """Programs and tiles. Programs that stay share what is no whole round of them, and one round more."""
+    tiles = linear.rows // (TILE * cut.warps * cut.tiles) * -(-rows_of_x // cut.rows)
+    if not cut.stay:
+        return Shares(tiles * cut.parts, tiles, tiles if cut.parts > 1 else 0)
+    turns = tiles * -(-linear.columns // TURN)
+    programs = min(processors(linear.words.device) * cut.stay, turns)
+    rest = tiles % programs
+    return Shares(programs, tiles, 0 if rest == 0 else min(tiles, rest + programs))
 
 
 def measured(linear: TiledLinear) -> Json | None:
@@ -142,17 +161,13 @@ def rule_slices(linear: TiledLinear) -> tuple[int, int]:
 
 def rule_wide(linear: TiledLinear, rows_of_x: int) -> WideCut:
     """A cut that gives every multiprocessor a program, where K can be split so far. Its shapes ran on an H200."""
-    if rows_of_x > 128:
-        rows, warps, tiles, pieces, unfinished = 256, 8, 1, 2, 2
-    elif rows_of_x > 64 and linear.rows % 256 == 0:
-        rows, warps, tiles, pieces, unfinished = 128, 8, 2, 2, 3
-    else:
-        rows, warps, tiles, pieces, unfinished = 64, 4, 2, 1, 1
-    turns = linear.rows // (TILE * warps * tiles) * -(-rows_of_x // rows)
+    rows = next((b for b in (32, 64, 128) if rows_of_x <= b), 256)
+    blocks, busy = -(-rows_of_x // rows), processors(linear.words.device)
+    turns = linear.rows // (TILE * 8) * blocks
     parts, longest = 1, -(-linear.columns // TURN)
-    while parts < 8 and 2 * parts <= longest and turns * parts * 2 <= processors(linear.words.device) * 1.1:
+    while parts < 8 and 2 * parts <= longest and turns * parts * 2 <= busy * 1.1:
         parts *= 2
-    return WideCut(rows, warps, tiles, parts, pieces, unfinished)
+    return WideCut(rows, 8, 1, parts)
 
 
 def key_of(linear: TiledLinear) -> str:

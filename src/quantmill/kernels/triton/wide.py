@@ -1,15 +1,18 @@
 """The kernel for many rows of x on Hopper: weights are made in the registers that `wgmma` reads, x is in shared
 memory.
 
+Programs stay: each takes an equal share of all steps of all tiles, so no multiprocessor waits for another's last
+tile. A tile (16 * WARPS * REPS rows of weights times BT rows of x) that a share ends within is finished by its last
+program, which adds the sums of all in their order. As many tiles as possible are left whole.
+
 A program makes each weight once for up to 256 rows of x, rounded to x's dtype as in a dense copy, while the tensor
-cores work on what was made before; it never writes one anywhere. x comes through the copy engine, STAGES blocks of
-64 columns ahead. Columns are summed in their order, so a row of x has the same bits whatever rows come with it, and
-in blocks of any size, as long as PARTS is the same. Where few programs would run K is split: every part writes its
-sums, the one that comes last adds them in their order. Compute capability 9.0. Knows no tuning.
+cores work on what was made before; it never writes one anywhere. x comes through the copy engine, three blocks of
+64 columns ahead, and results leave through it. Columns are summed in their order, but where shares end depends on
+the rows of x: a row has the same bits every time, not in every batch. Compute capability 9.0. Knows no tuning.
 """
 
 # ruff: noqa: RUF005 - what ruff would rather see is no Triton
-# mypy: disable-error-code="assignment, var-annotated"
+# mypy: disable-error-code="assignment, attr-defined, misc, var-annotated"
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ from quantmill.kernels.triton.fragments import fields, fragment_ptx, turned_ptx
 # Triton 3.9 gave both new names and took the old ones away.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 TURN = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 16))
@@ -139,36 +143,100 @@ def _operand(p, WARPS: gl.constexpr, A: gl.constexpr, COUNT: gl.constexpr):
     return gl.convert_layout(gl.reshape(v, [WARPS * 16, COUNT * 16]), A, assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=["M", "PARTS"])
+@gluon.jit
+def _by_thread(acc, WARPS: gl.constexpr, BT: gl.constexpr):
+    """A tile's sums (rows, BT) -> (threads, BT / 2), each thread's own, stored and read 16 bytes at once."""
+    F: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    v = gl.reshape(acc, [WARPS, 2, 8, BT // 8, 4, 2])  # warp, row half, g, eight columns, quad, two of them
+    v = gl.reshape(gl.permute(v, [0, 2, 4, 3, 1, 5]), [WARPS * 32, BT // 2])
+    return gl.convert_layout(v, F, assert_trivial=True)
+
+
+@gluon.jit
+def _by_row(v, WARPS: gl.constexpr, BT: gl.constexpr, ACC: gl.constexpr):
+    """And back."""
+    v = gl.permute(gl.reshape(v, [WARPS, 8, 4, BT // 8, 2, 2]), [0, 4, 1, 3, 2, 5])
+    return gl.convert_layout(gl.reshape(v, [WARPS * 16, BT]), ACC, assert_trivial=True)
+
+
+@gluon.jit
+def _pieces(v, ROWS: gl.constexpr, COLUMNS: gl.constexpr, COUNT: gl.constexpr):
+    """A tensor (ROWS, COLUMNS) cut into so many, side by side."""
+    if COUNT == 1:
+        found = (v,)
+    else:
+        left, right = gl.split(gl.permute(gl.reshape(v, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+        found = _pieces(left, ROWS, COLUMNS // 2, COUNT // 2) + _pieces(right, ROWS, COLUMNS // 2, COUNT // 2)
+    return found
+
+
+@gluon.jit
+def _unit(
+    words, scales, zeros, first, UNIT: gl.constexpr, TILE: gl.constexpr, UNITS: gl.constexpr, WORDS: gl.constexpr,
+    PLANES: gl.constexpr, GROUP_PLANES: gl.constexpr, GROUPS: gl.constexpr, SCALES: gl.constexpr,
+    HAS_ZERO: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Words, scales and zero points of unit `first` + UNIT, TILE tiles further on. The pointers are at `first`."""
+    if EVEN:
+        w = _words(words + (UNIT + TILE * UNITS) * (WORDS * 256), WORDS)
+        s = _pairs(scales, UNIT * PLANES // GROUP_PLANES + TILE * GROUPS, SCALES)
+        z = ()
+        if HAS_ZERO:
+            z = _pairs(zeros, UNIT * PLANES // GROUP_PLANES + TILE * GROUPS, SCALES)
+    else:  # the last turn of K is not full: its last unit again, which meets zeros of x
+        more = gl.minimum(first + UNIT, UNITS - 1) - first
+        group = (first + more) * PLANES // GROUP_PLANES - first * PLANES // GROUP_PLANES + TILE * GROUPS
+        w = _words(words + (more + TILE * UNITS) * (WORDS * 256), WORDS)
+        s = _pairs(scales, group, SCALES)
+        z = ()
+        if HAS_ZERO:
+            z = _pairs(zeros, group, SCALES)
+    return w, s, z
+
+
+@gluon.jit
+def _turn(i, mine, streamed, begin, total, programs, p, blocks_of_x, TURNS: gl.constexpr):
+    """Turn i of a program, of `mine` -> tile, block of rows of weights, block of rows of x, turn of K.
+
+    The first `streamed` of them are turns `begin` ... of the tiles that are shared, `total` turns in all.
+    """
+    i = gl.minimum(i, mine - 1)
+    whole = i - streamed
+    turn = gl.where(i < streamed, begin + i, total + (whole // TURNS * programs + p) * TURNS + whole % TURNS)
+    tile = turn // TURNS
+    return tile, tile // blocks_of_x, tile % blocks_of_x, turn % TURNS
+
+
+@gluon.jit(do_not_specialize=["M", "TILES", "SHARED"])
 def wide_kernel(
     x,  # descriptor of (M, K) fp16 or bf16 in blocks of (BT, 64)
     words,  # (tiles, UNITS, WORDS, 32, 8) int16
     scales,  # (tiles, groups, 8, 2) int16: float16
     zeros,  # the same; not read unless HAS_ZERO
     bias,  # (N,) float16; not read unless HAS_BIAS
-    y,  # (M, N) as x
-    sums,  # (programs, rows, BT) float32; not touched unless SPLIT
-    arrived,  # (programs / PARTS,) int32 zeros, zeros again afterwards; likewise
+    y,  # descriptor of (M, N) as x in blocks of (BT, 16 * WARPS)
+    sums,  # (2 * programs, rows, BT) float32; not touched unless SHARED
+    arrived,  # (SHARED,) int32 zeros, zeros again afterwards
     M,
     N,
-    PARTS,  # of K
+    TILES,  # blocks of rows of weights times blocks of rows of x
+    SHARED,  # of them: no more than two rounds of all programs; the rest is a multiple of the programs
     UNITS: gl.constexpr,
     BITS: gl.constexpr,
     GROUP_PLANES: gl.constexpr,  # planes that share a scale: an even number
     HAS_ZERO: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BF16: gl.constexpr,
-    SPLIT: gl.constexpr,  # PARTS is more than 1
     WARPS: gl.constexpr,
     BT: gl.constexpr,
     REPS: gl.constexpr,  # tiles of every warp
-    AHEAD: gl.constexpr,  # units of a turn, asked for a turn before they are needed
-    STAGES: gl.constexpr,  # blocks of x in shared memory; divides a turn's
+    AHEAD: gl.constexpr,  # units of a turn: four steps of 64 columns
+    DEPTH: gl.constexpr,  # units asked for before they are needed, at most AHEAD
     PIECES: gl.constexpr,  # of a block's 64 columns, multiplied one after the other: 1, 2 or 4
     OPEN: gl.constexpr,  # products that may be unfinished while the next weights are made; at most PIECES * REPS
     PDL: gl.constexpr,
 ):
-    """One program: 16 * WARPS * REPS rows of weights times BT rows of x over one part of K."""
+    """One program: its share of turns, 256 columns each of a tile."""
     T: gl.constexpr = WARPS * 32
     ROWS: gl.constexpr = WARPS * 16 * REPS
     KIND: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
@@ -176,143 +244,203 @@ def wide_kernel(
     WORDS: gl.constexpr = words_in(BITS)
     UNIT: gl.constexpr = PLANES * 16  # columns
     TOGETHER: gl.constexpr = units_at_once(PLANES)
-    STEPS: gl.constexpr = AHEAD * PLANES // 4  # of 64 columns, in a turn
-    gl.static_assert(STEPS % STAGES == 0)
+    STEPS: gl.constexpr = AHEAD * PLANES // 4  # of 64 columns, in a turn; as many blocks of x are held
+    gl.static_assert(STEPS == 4)
+    gl.static_assert(DEPTH % TOGETHER == 0)
     gl.static_assert(OPEN <= PIECES * REPS)
     GROUPS: gl.constexpr = (UNITS * PLANES + GROUP_PLANES - 1) // GROUP_PLANES
     SCALES: gl.constexpr = (PLANES + GROUP_PLANES - 1) // GROUP_PLANES  # of a unit
-    TURNS: gl.constexpr = (UNITS + AHEAD - 1) // AHEAD  # of all of K, AHEAD units each
+    TURNS: gl.constexpr = (UNITS + AHEAD - 1) // AHEAD  # of all of K
+    EVEN: gl.constexpr = UNITS % AHEAD == 0
     P: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
     B4: gl.constexpr = gl.BlockedLayout([1, 2, 2, 2], [32, 1, 1, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
     S: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, B4))
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BT, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    part = gl.program_id(0) % PARTS
-    turn = gl.program_id(0) // PARTS
+    PART: gl.constexpr = min(BT, 64)
+    ACC_PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PART, 16])
+    LINES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    p, programs = gl.program_id(0), gl.num_programs(0)
     blocks_of_x = gl.cdiv(M, BT)
-    block, first_row = turn // blocks_of_x, turn % blocks_of_x * BT
-    first = part * TURNS // PARTS * AHEAD
-    last = (part + 1) * TURNS // PARTS * AHEAD
+    total = SHARED * TURNS
+    share = p * total // programs
+    streamed = (p + 1) * total // programs - share
+    mine = streamed + (TILES - SHARED - p + programs - 1) // programs * TURNS
     tid = gl.arange(0, T, gl.SliceLayout(1, P))
     lane = tid & 31
-    tile = block * (WARPS * REPS) + (tid >> 5)
-    at = words + ((tile * UNITS).to(gl.int64) * (WORDS * 256) + lane * 8)[:, None]
-    at = at + gl.arange(0, 8, gl.SliceLayout(0, P))[None, :]
+    words += (((tid >> 5) * UNITS).to(gl.int64) * (WORDS * 256) + lane * 8)[:, None]
+    words += gl.arange(0, 8, gl.SliceLayout(0, P))[None, :]
     none = gl.zeros([T, 8], gl.int16, P)
     odd = (0 - (lane & 1)).to(gl.int16)[:, None] + none
     upper = (0 - (lane >> 1 & 1)).to(gl.int16)[:, None] + none
     stay = gl.where((lane & 2) == 0, fields(BITS, False), fields(BITS, True)).to(gl.int16)[:, None] + none
     by = gl.where((lane & 2) == 0, BITS, 32 - BITS).to(gl.int16)[:, None] + none
     stid = gl.arange(0, T, gl.SliceLayout(1, S))
-    pair_at = (block * (WARPS * REPS) + (stid >> 5)).to(gl.int64) * (GROUPS * 16) + ((stid & 31) >> 2) * 2
+    pair_at = (stid >> 5) * (GROUPS * 16) + ((stid & 31) >> 2) * 2
     pair_at = pair_at[:, None] + gl.arange(0, 2, gl.SliceLayout(0, S))[None, :]
     if PDL:
         gdc_launch_dependents()
-    LINES: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    held, full = (), ()
-    for s in gl.static_range(STAGES):  # of their own each, so that no barrier is put between uses of two
+    held, full, outs = (), (), ()
+    for s in gl.static_range(STEPS):  # of their own each, so that no barrier is put between uses of two
         held = held + (gl.allocate_shared_memory(KIND, [BT, 64], LINES),)
         full = full + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
         mbarrier.init(full[s], count=1)
+    for _ in gl.static_range(REPS):
+        outs = outs + (gl.allocate_shared_memory(KIND, [BT, WARPS * 16], LINES),)
+    tile, block, block_x, k = _turn(0, mine, streamed, share, total, programs, p, blocks_of_x, TURNS)
+    first_tile = (block * (WARPS * REPS)).to(gl.int64)
+    words_at = words + (first_tile * UNITS + k * AHEAD) * (WORDS * 256)
+    pairs_here = pair_at + (first_tile * GROUPS + k * (AHEAD * PLANES) // GROUP_PLANES) * 16
+    scales_at, zeros_at = scales + pairs_here, zeros + pairs_here
     ring, scale_ring, zero_ring = (), (), ()
-    for i in gl.static_range(AHEAD // TOGETHER):
+    for i in gl.static_range(DEPTH // TOGETHER):
         for r in gl.static_range(REPS):
             for u in gl.static_range(TOGETHER):
-                unit = gl.minimum(first + i * TOGETHER + u, UNITS - 1)
-                ring = ring + (_words(at + (unit + r * WARPS * UNITS) * (WORDS * 256), WORDS),)
-                group = unit * PLANES // GROUP_PLANES + r * WARPS * GROUPS
-                scale_ring = scale_ring + _pairs(scales + pair_at, group, SCALES)
-                if HAS_ZERO:
-                    zero_ring = zero_ring + _pairs(zeros + pair_at, group, SCALES)
+                w, s, z = _unit(
+                    words_at, scales_at, zeros_at, k * AHEAD, i * TOGETHER + u, r * WARPS, UNITS, WORDS, PLANES,
+                    GROUP_PLANES, GROUPS, SCALES, HAS_ZERO, EVEN,
+                )  # fmt: skip
+                ring, scale_ring, zero_ring = ring + (w,), scale_ring + s, zero_ring + z
     fence_async_shared()
     barrier()
     if PDL:
         gdc_wait()
-    for s in gl.static_range(STAGES - 1):
-        mbarrier.expect(full[s], BT * 128)
-        load_tile(x, [first_row, first * UNIT + s * 64], full[s], held[s])
-    acc = ()
-    for _ in gl.static_range(REPS):
-        acc = acc + (gl.zeros([WARPS * 16, BT], gl.float32, ACC),)
-    phase = 0
-    for start in range(first, last, AHEAD):
-        words_here, scales_here, zeros_here = ring, scale_ring, zero_ring
-        ring, scale_ring, zero_ring = (), (), ()
-        turned = words_here[:REPS]
-        for j in gl.static_range(STEPS):
-            for r in gl.static_range(REPS):
-                for h in gl.static_range(PIECES):
-                    found = ()
-                    for q in gl.static_range(h * 4 // PIECES, (h + 1) * 4 // PIECES):
-                        if plane_of_step(j, q, PLANES) == 0:
-                            w = words_here[asked(unit_of_step(j, q, PLANES), r, PLANES, REPS)]
-                            w = _turned(w, odd, stay, by, upper, BITS)
-                            turned = turned[:r] + (w,) + turned[r + 1 :]
-                            unit = gl.minimum(start + AHEAD + unit_of_step(j, q, PLANES), UNITS - 1)
-                            ring = ring + (_words(at + (unit + r * WARPS * UNITS) * (WORDS * 256), WORDS),)
-                            group = unit * PLANES // GROUP_PLANES + r * WARPS * GROUPS
-                            scale_ring = scale_ring + _pairs(scales + pair_at, group, SCALES)
+    for j in gl.static_range(STEPS - 1):
+        mbarrier.expect(full[j], BT * 128)
+        load_tile(x, [block_x * BT, k * (AHEAD * UNIT) + j * 64], full[j], held[j])
+    turn = 0
+    while turn < mine:
+        acc = ()
+        for _ in gl.static_range(REPS):
+            acc = acc + (gl.zeros([WARPS * 16, BT], gl.float32, ACC),)
+        begin = k
+        count = TURNS - k
+        if turn < streamed:
+            count = gl.minimum(count, streamed - turn)
+        for k_here in range(begin, begin + count):
+            _tile, block_n, block_x_n, k_n = _turn(
+                turn + 1, mine, streamed, share, total, programs, p, blocks_of_x, TURNS
+            )
+            first_tile = (block_n * (WARPS * REPS)).to(gl.int64)
+            words_n = words + (first_tile * UNITS + k_n * AHEAD) * (WORDS * 256)
+            pairs_here = pair_at + (first_tile * GROUPS + k_n * (AHEAD * PLANES) // GROUP_PLANES) * 16
+            scales_n, zeros_n = scales + pairs_here, zeros + pairs_here
+            turned = ring[:REPS]
+            for j in gl.static_range(STEPS):
+                for r in gl.static_range(REPS):
+                    for h in gl.static_range(PIECES):
+                        found = ()
+                        for q in gl.static_range(h * 4 // PIECES, (h + 1) * 4 // PIECES):
+                            if plane_of_step(j, q, PLANES) == 0:
+                                w = _turned(ring[0], odd, stay, by, upper, BITS)
+                                turned = turned[:r] + (w,) + turned[r + 1 :]
+                                if unit_of_step(j, q, PLANES) + DEPTH < AHEAD:
+                                    w, s, z = _unit(
+                                        words_at, scales_at, zeros_at, k_here * AHEAD,
+                                        unit_of_step(j, q, PLANES) + DEPTH, r * WARPS, UNITS, WORDS, PLANES,
+                                        GROUP_PLANES, GROUPS, SCALES, HAS_ZERO, EVEN,
+                                    )  # fmt: skip
+                                else:
+                                    w, s, z = _unit(
+                                        words_n, scales_n, zeros_n, k_n * AHEAD,
+                                        unit_of_step(j, q, PLANES) + DEPTH - AHEAD, r * WARPS, UNITS, WORDS,
+                                        PLANES, GROUP_PLANES, GROUPS, SCALES, HAS_ZERO, EVEN,
+                                    )  # fmt: skip
+                                ring, scale_ring, zero_ring = ring[1:] + (w,), scale_ring + s, zero_ring + z
+                            scale = scale_ring[pair_of_step(j, q, r, PLANES, GROUP_PLANES, REPS)]
+                            scale = _spread(scale, WARPS, P)
+                            zero = scale
                             if HAS_ZERO:
-                                zero_ring = zero_ring + _pairs(zeros + pair_at, group, SCALES)
-                        scale = scales_here[pair_of_step(j, q, r, PLANES, GROUP_PLANES, REPS)]
-                        scale = _spread(scale, WARPS, P)
-                        zero = scale
-                        if HAS_ZERO:
-                            zero = zeros_here[pair_of_step(j, q, r, PLANES, GROUP_PLANES, REPS)]
-                            zero = _spread(zero, WARPS, P)
-                        plane = _plane(
-                            turned[r], scale, zero, plane_of_step(j, q, PLANES), BITS, HAS_ZERO, BF16
-                        )
-                        found = found + (plane,)
-                    a = _operand(found, WARPS, A, 4 // PIECES)
-                    if r == 0 and h == 0:
-                        mbarrier.wait(full[j % STAGES], phase)
-                    if PIECES == 1:
-                        b = held[j % STAGES].permute((1, 0))
-                    else:
-                        b = held[j % STAGES].slice(h * (64 // PIECES), 64 // PIECES, 1).permute((1, 0))
-                    c = warpgroup_mma(a, b, acc[r], is_async=True)
-                    c = warpgroup_mma_wait(OPEN, deps=[c])
-                    acc = acc[:r] + (c,) + acc[r + 1 :]
-                    if r * PIECES + h == OPEN - 1:
-                        # what the step before read is free once every warp has come so far
-                        barrier()
-                        column = start * UNIT + (j + STAGES - 1) * 64
-                        more = column < last * UNIT
-                        mbarrier.expect(full[(j + STAGES - 1) % STAGES], BT * 128, pred=more)
-                        load_tile(
-                        x, [first_row, column], full[(j + STAGES - 1) % STAGES],
-                        held[(j + STAGES - 1) % STAGES], pred=more,
-                    )  # fmt: skip
-            if j % STAGES == STAGES - 1:
-                phase = phase ^ 1
-    BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16] if WARPS >= 8 else [4, 8], [WARPS, 1], [1, 0])
-    out = ()
-    for r in gl.static_range(REPS):
-        out = out + (warpgroup_mma_wait(0, deps=[acc[r]]),)
-    if SPLIT:
-        row = gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC))[:, None] * BT
-        to = sums + turn.to(gl.int64) * (PARTS * ROWS * BT) + row
-        to = to + gl.arange(0, BT, gl.SliceLayout(0, ACC))[None, :]
+                                zero = zero_ring[pair_of_step(j, q, r, PLANES, GROUP_PLANES, REPS)]
+                                zero = _spread(zero, WARPS, P)
+                            plane = _plane(
+                                turned[r], scale, zero, plane_of_step(j, q, PLANES), BITS, HAS_ZERO, BF16
+                            )
+                            found = found + (plane,)
+                        a = _operand(found, WARPS, A, 4 // PIECES)
+                        if r == 0 and h == 0:
+                            mbarrier.wait(full[j], turn & 1)
+                        if PIECES == 1:
+                            b = held[j].permute((1, 0))
+                        else:
+                            b = held[j].slice(h * (64 // PIECES), 64 // PIECES, 1).permute((1, 0))
+                        c = warpgroup_mma(a, b, acc[r], is_async=True)
+                        c = warpgroup_mma_wait(OPEN, deps=[c])
+                        acc = acc[:r] + (c,) + acc[r + 1 :]
+                        if r * PIECES + h == OPEN - 1:
+                            # what the step before read is free once every warp has come so far
+                            barrier()
+                            if j == 0:
+                                mbarrier.expect(full[STEPS - 1], BT * 128)
+                                column = k_here * (AHEAD * UNIT) + (STEPS - 1) * 64
+                                load_tile(x, [block_x * BT, column], full[STEPS - 1], held[STEPS - 1])
+                            else:
+                                more = turn + 1 < mine
+                                mbarrier.expect(full[j - 1], BT * 128, pred=more)
+                                column = k_n * (AHEAD * UNIT) + (j - 1) * 64
+                                load_tile(x, [block_x_n * BT, column], full[j - 1], held[j - 1], pred=more)
+            scale_ring = scale_ring[AHEAD * REPS * SCALES :]
+            if HAS_ZERO:
+                zero_ring = zero_ring[AHEAD * REPS * SCALES :]
+            words_at, scales_at, zeros_at = words_n, scales_n, zeros_n
+            turn += 1
+        out = ()
         for r in gl.static_range(REPS):
-            gl.store(to + part * (ROWS * BT) + r * (WARPS * 16 * BT), out[r])
-        barrier()  # all of this program's sums are written before it reports
-        if gl.atomic_add(arrived + turn, 1, sem="acq_rel") != PARTS - 1:
-            return
-        barrier()
-        gl.store(arrived + turn, 0)
-    for r in gl.static_range(REPS):
-        if SPLIT:
-            o = gl.load(to + r * (WARPS * 16 * BT), cache_modifier=".cg")
-            for q in range(1, PARTS):
-                o += gl.load(to + q * (ROWS * BT) + r * (WARPS * 16 * BT), cache_modifier=".cg")
+            out = out + (warpgroup_mma_wait(0, deps=[acc[r]]),)
+        done = (begin == 0) & (count == TURNS)
+        if done:
+            tma.store_wait(0)
+            barrier()  # what was written before has left
+            for r in gl.static_range(REPS):
+                o = out[r]
+                if HAS_BIAS:
+                    n = block * ROWS + r * (WARPS * 16) + gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC))
+                    o += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+                outs[r].permute((1, 0)).store(o.to(KIND))
         else:
-            o = out[r]
-        if HAS_BIAS:
-            n = block * ROWS + r * (WARPS * 16) + gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC))
-            o += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-        final = gl.convert_layout(gl.permute(o.to(KIND), (1, 0)), BY_ROW)
-        mm = first_row + gl.arange(0, BT, gl.SliceLayout(1, BY_ROW))
-        nn = block * ROWS + r * (WARPS * 16) + gl.arange(0, WARPS * 16, gl.SliceLayout(0, BY_ROW))
-        mask = (mm < M)[:, None] & (nn < N)[None, :]
-        gl.store(y + mm.to(gl.int64)[:, None] * N + nn[None, :], final, mask=mask)
+            # 64 rows of x at a time: registers are short
+            F: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+            at = gl.arange(0, PART // 2, gl.SliceLayout(0, F))[None, :]
+            to = sums + at // 4 * (T * 4) + at % 4 + gl.arange(0, T, gl.SliceLayout(1, F))[:, None] * 4
+            # a program leaves the sums of two tiles at most: the first's end and the last's beginning
+            slot = (2 * p + gl.where(begin == 0, 1, 0)).to(gl.int64) * (ROWS * BT)
+            for r in gl.static_range(REPS):
+                pieces = _pieces(out[r], WARPS * 16, BT, BT // PART)
+                for c in gl.static_range(BT // PART):
+                    v = _by_thread(pieces[c], WARPS, PART)
+                    gl.store(to + slot + (r * (BT // PART) + c) * (WARPS * 16 * PART), v)
+            barrier()  # all of this program's sums are written before it reports
+            first_one = ((tile * TURNS + 1) * programs - 1) // total
+            last_one = ((tile * TURNS + TURNS) * programs - 1) // total
+            done = gl.atomic_add(arrived + tile, 1, sem="acq_rel") == last_one - first_one
+            if done:
+                barrier()
+                gl.store(arrived + tile, 0)
+                tma.store_wait(0)
+                barrier()
+                for r in gl.static_range(REPS):
+                    for c in gl.static_range(BT // PART):
+                        of = (r * (BT // PART) + c) * (WARPS * 16 * PART)
+                        o = gl.load(
+                            to + (2 * first_one + 1).to(gl.int64) * (ROWS * BT) + of, cache_modifier=".cg"
+                        )
+                        for other in range(first_one + 1, last_one + 1):
+                            o += gl.load(
+                                to + (2 * other).to(gl.int64) * (ROWS * BT) + of, cache_modifier=".cg"
+                            )
+                        o = _by_row(o, WARPS, PART, ACC_PART)
+                        if HAS_BIAS:
+                            n = (
+                                block * ROWS
+                                + r * (WARPS * 16)
+                                + gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC_PART))
+                            )
+                            o += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+                        outs[r].slice(c * PART, PART, 0).permute((1, 0)).store(o.to(KIND))
+        if done:
+            fence_async_shared()
+            barrier()
+            for r in gl.static_range(REPS):
+                store_tile(y, [block_x * BT, block * ROWS + r * (WARPS * 16)], outs[r])
+        tile, block, block_x, k = _turn(turn, mine, streamed, share, total, programs, p, blocks_of_x, TURNS)
+    tma.store_wait(0)

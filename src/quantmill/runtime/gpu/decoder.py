@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +17,14 @@ from quantmill.checkpoint import Checkpoint, open_checkpoint
 from quantmill.errors import BadRequest
 from quantmill.runtime.cpu.settings import Settings, read_settings
 from quantmill.runtime.gpu.checking import prepared
-from quantmill.runtime.gpu.layers import MANY_ROWS, Model, PieceAttention, final_states, logits_of
+from quantmill.runtime.gpu.layers import Model, logits_of
 from quantmill.runtime.gpu.memory import DTYPES, cache_bytes, make_caches, pages_for
-from quantmill.runtime.gpu.ops import tile_rows
+from quantmill.runtime.gpu.pieces import AT_ONCE, Pieces
 from quantmill.runtime.gpu.sharing import joined, with_common_shrinks
 from quantmill.runtime.gpu.steps import MOST_ROWS, Steps
 from quantmill.runtime.gpu.stream import stream
-from quantmill.runtime.gpu.tensors import Heads, Rows
-from quantmill.runtime.gpu.trial import torch_attends, try_kernels
+from quantmill.runtime.gpu.tensors import Heads
+from quantmill.runtime.gpu.trial import try_kernels
 from quantmill.runtime.gpu.weights import Weights, read_weights
 from quantmill.runtime.interface import PAGE, Floats, Piece, RuntimeFacts
 from quantmill.runtime.parallel.part import part_for
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from quantmill.runtime.parallel.team import Team
 
 SHORT = 16  # tokens of a piece that is decoded row by row
-AT_ONCE = 2048  # tokens of one pass
 CONTEXT = 32768  # positions where nothing else is asked for and the model can
 
 
@@ -48,6 +46,7 @@ class GpuRuntime:
         self._device = model.weights.embedding.device
         self._lines = -(-facts.context // PAGE)  # pages of one sequence
         self._steps = Steps(model, self._lines)
+        self._pieces = Pieces(model, self._steps, self._lines)
 
     @classmethod
     def from_folder(
@@ -85,7 +84,7 @@ class GpuRuntime:
             pages = pages_for(settings, length, kv_tokens, kv_dtype, dtype, place)
             pages = pages if team is None else team.least(pages)
             caches = make_caches(settings, pages, kv_dtype, dtype, place)
-            by_torch = place.type != "cuda" or (selftest and torch_attends(heads[0], dtype))
+            by_torch = place.type != "cuda" or selftest
             model = Model(weights, heads, caches, settings.epsilon, dtype, torch_prompts=by_torch)
             if selftest and place.type == "cuda":
                 try_kernels(heads[0], dtype, kv_dtype == "fp8")
@@ -129,7 +128,8 @@ class GpuRuntime:
     def close(self) -> None:
         """Give the GPU's memory back."""
         self._steps.close()
-        del self._model, self._steps
+        self._pieces.close()
+        del self._model, self._steps, self._pieces
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -140,7 +140,11 @@ class GpuRuntime:
         rows = self._short(short, logits) if short else None
         if len(short) == len(pieces) and rows is not None:
             kept = _kept_rows(short, not logits)
-            return [rows if kept is None else rows[torch.tensor(kept, device=rows.device)]]
+            if kept is None:
+                return [rows]
+            return [rows[torch.tensor(kept).to(rows.device, non_blocking=True)]]  # the host does not wait
+        if rows is not None:
+            rows = rows.clone()  # graphs share their memory: a prompt's may overwrite it
         results, at = [], 0
         for piece in pieces:
             count = len(piece.tokens)
@@ -168,31 +172,14 @@ class GpuRuntime:
     def _long(self, piece: Piece, logits: bool) -> Tensor:
         """One prompt -> its logits or states, in passes of AT_ONCE tokens."""
         found = []
-        count = len(piece.tokens)
-        for begin in range(0, count, AT_ONCE):
-            tokens = piece.tokens[begin : begin + AT_ONCE]
-            states = self._states(tokens, piece.start + begin, piece.pages)
+        for begin in range(0, len(piece.tokens), AT_ONCE):
+            tokens, start = piece.tokens[begin : begin + AT_ONCE], piece.start + begin
             if piece.every:
+                states = self._pieces.states(tokens, start, piece.pages)
                 found.append(logits_of(self._model, states) if logits else states)
-            elif begin + len(tokens) == count:
-                found.append(logits_of(self._model, states[-1:]) if logits else states[-1:])
+            else:
+                found = [self._pieces.newest(tokens, start, piece.pages)]
         return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _states(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> Tensor:
-        count, device = len(tokens), self._device
-        step = tile_rows(self._model.heads[0])
-        firsts = np.arange(0, count, step)
-        tiles = np.zeros((len(firsts), 4), np.int32)
-        tiles[:, 0], tiles[:, 1], tiles[:, 2] = firsts, np.minimum(step, count - firsts), start + firsts
-        line = np.full(self._lines, -1, np.int32)
-        line[: len(pages)] = pages[: self._lines]
-        parts = [np.asarray(tokens, np.int32), np.arange(start, start + count, dtype=np.int32), line]
-        sent = torch.from_numpy(np.concatenate([*parts, tiles.reshape(-1)])).to(device)
-        ids, positions, line_there, tiles_there = torch.split(sent, [count, count, len(line), tiles.size])
-        zeros = torch.zeros(count, dtype=torch.int32, device=device)
-        rows = Rows(ids, positions, zeros, line_there.view(1, -1))
-        attention = PieceAttention(rows, tiles_there.view(-1, 4), start, self._model.torch_prompts)
-        return final_states(self._model, ids, MANY_ROWS, attention)
 
     def _check(self, pieces: Sequence[Piece]) -> None:
         """Raises BadRequest for what is outside the vocabulary or the context."""

@@ -33,7 +33,7 @@ class Model:
     fused: tuple[
         Gains, ...
     ] = ()  # of all norms in their order, where steps can do without kernels between linears
-    torch_prompts: bool = False  # whether torch's attention serves prompts
+    torch_prompts: bool = False  # whether torch's attention may serve prompts, where it is right
     team: Team | None = None  # the ranks over which what o and down give is summed
 
 
@@ -70,10 +70,13 @@ def final_states(
     way: Way,
     attention: Attention,
     watch: Callable[[Tensor], None] = lambda residual: None,
+    *,
+    newest: Tensor | None = None,
 ) -> Tensor:
     """Token ids (rows,) int32 -> states after the last norm (rows, places of the head), in the model's dtype.
 
-    watch: sees the residual behind every norm.
+    watch: sees the residual behind every norm. newest: (1,) int32, a row whose state alone is given, (1, places):
+    behind its attention the last layer then computes nothing of the others.
     """
     weights, epsilon = model.weights, model.epsilon
     rows, hidden = tokens.shape[0], weights.embedding.shape[1]
@@ -83,9 +86,12 @@ def final_states(
     ops.embed_normed(residual, weights.embedding, tokens, first.attention_norm, epsilon, first.qkv.order, x)
     watch(residual)
     for i, block in enumerate(weights.blocks):
+        last = i + 1 == len(weights.blocks)
         mixed = _buffer(model, rows, block.output)
         qkv = way.product(block.qkv, x)
         mixed = attention(qkv, model.heads[i], model.caches[i], block.output.place_of, mixed)
+        if last and newest is not None:
+            rows, mixed, residual = 1, mixed.index_select(0, newest), residual.index_select(0, newest)
         x = _buffer(model, rows, block.gate_up)
         added = _summed(model, way.product(block.output, mixed))
         ops.add_normed(residual, added, block.mlp_norm, epsilon, block.gate_up.order, x)
@@ -94,7 +100,6 @@ def final_states(
         for at, gate_up in way.chunks(block.gate_up, x):
             ops.gated(gate_up, block.gate_up.span, 1 / block.shrink, inner[at])
         added = _summed(model, way.product(block.down, inner))
-        last = i + 1 == len(weights.blocks)
         after = weights.head if last else weights.blocks[i + 1].qkv
         gain = weights.norm if last else weights.blocks[i + 1].attention_norm
         x = _buffer(model, rows, after)
@@ -105,9 +110,7 @@ def final_states(
 
 def _summed(model: Model, part: Tensor) -> Tensor:
     """The sum of all ranks' parts, where there are several."""
-    if model.team is not None:
-        model.team.add_up(part)
-    return part
+    return part if model.team is None else model.team.add_up(part)
 
 
 def _buffer(model: Model, rows: int, projection: Projection) -> Tensor:

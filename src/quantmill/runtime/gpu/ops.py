@@ -18,9 +18,7 @@ BLOCK = 128  # positions that a row's program takes at once, where a head has at
 LEAST = 1  # blocks of a part
 # rows of x, outputs, warps, and blocks in shared memory of a dense program; all step through K alike
 DENSE_SHAPES = ((16, 64, 4, 5), (32, 64, 4, 5), (64, 64, 4, 4), (128, 128, 8, 3))
-POSTED = (
-    False  # whether the last part of a row waits for the others' words: right, its speed not measured yet
-)
+POSTED = False  # whether parts of a row wait for the others' words: has not run on a GPU as it is
 ROW_WARPS = 4  # of a row's program
 ROW_REGISTERS = 0  # of a thread of it at most; 0: any number
 TILE_SHAPE = 4, 3
@@ -46,7 +44,7 @@ def make_draws(rows: int, device: torch.device) -> Draws:
 
 def make_scratch(rows: int, heads: Heads, device: torch.device) -> Scratch:
     """For passes of at most so many rows."""
-    shape, kind = (rows, heads.kv, PARTS, heads.group), torch.int64 if POSTED else torch.float32
+    shape, kind = (rows, heads.kv, PARTS, heads.group), torch.int64 if _posts(device) else torch.float32
     return Scratch(
         torch.zeros(*shape, heads.size, dtype=kind, device=device),
         torch.zeros(*shape, 2, dtype=kind, device=device),
@@ -210,7 +208,7 @@ def attend_rows(
 
     number = rows.positions.shape[0]
     early = starts_early(qkv.device)
-    rows_kernel[(number, heads.kv, PARTS)](
+    rows_kernel[(PARTS, heads.kv, number)](
         qkv,
         qkv if heads.query_norm is None else heads.query_norm,
         qkv if heads.key_norm is None else heads.key_norm,
@@ -237,7 +235,8 @@ def attend_rows(
         BLOCK=max(PAGE, BLOCK if heads.size <= 128 else BLOCK // 2),
         HAS_ORDER=places_of is not None,
         FP8=cache.key_scales is not None,
-        POSTED=POSTED,
+        POSTED=_posts(qkv.device),
+        PACK=_pack(heads),
         WRITES=writes,
         AHEAD=AHEAD,
         PDL=early,
@@ -373,6 +372,16 @@ def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
 def tile_rows(heads: Heads) -> int:
     """Rows of the pass that one tile of `attend_tiles` takes."""
     return _tile(heads) // heads.group
+
+
+def _posts(device: torch.device) -> bool:
+    """Whether parts are posted: the interpreter runs programs one by one, so none can wait for a later one."""
+    return POSTED and starts_early(device)
+
+
+def _pack(heads: Heads) -> int:
+    """Posted elements that a thread waits for at once: of two slices' worth of columns, what each thread has."""
+    return max(1, min(4, 2 * power_of_two(heads.group) * power_of_two(heads.size) // (32 * ROW_WARPS)))
 
 
 def _tile(heads: Heads) -> int:

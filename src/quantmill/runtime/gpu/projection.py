@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantmill.formats.bits import pack_words
 from quantmill.formats.gptq import unpack_zeros
+from quantmill.kernels.triton import tuning
 from quantmill.kernels.triton.linear import RunnableLinear, dense_weight, has_wide, many_product, matmul
 from quantmill.kernels.triton.packing import TILE, tile
 from quantmill.runtime.gpu import ops
@@ -23,6 +24,7 @@ from quantmill.types import CheckpointFormat, PackedLinear
 SPAN = 8  # gates, then as many ups: half a tile of the kernel for few rows
 FEW = 128  # rows that go straight from the codes at once
 DENSE_ROWS = 1024  # more rows than these go through dense copies
+WIDE_ROWS = 1024  # rows of gates and ups at once where there are no copies
 DENSE_OUTPUTS = 4096  # of gates and ups that a dense copy holds at once
 
 
@@ -78,6 +80,12 @@ class Part:
         if self.packed is None:
             return self.through_copy(x)
         return self.few(x) if x.shape[0] <= FEW else many_product(x, self.packed)
+
+    def goes_wide(self, x: Tensor) -> bool:
+        """Whether so many rows go straight from the codes, too."""
+        if self.packed is None or not has_wide(x.device):
+            return False
+        return tuning.wide_cut(self.packed.tiled, min(x.shape[0], WIDE_ROWS)) is not None
 
     def through_copy(self, x: Tensor) -> Tensor:
         """The same through a dense copy and the vendor's product."""
@@ -155,6 +163,11 @@ class Projection:
         (part, *others), every = self.parts, slice(None)
         if x.shape[0] <= DENSE_ROWS or self.span != SPAN or others:
             yield (every, every), self.many(x)
+            return
+        if part.goes_wide(x):
+            for first in range(0, x.shape[0], WIDE_ROWS):
+                rows = slice(first, first + WIDE_ROWS)
+                yield (rows, every), part.many(x[rows])
             return
         for begin in range(0, self.outputs, DENSE_OUTPUTS):
             end = min(self.outputs, begin + DENSE_OUTPUTS)

@@ -93,6 +93,11 @@ class Steps:
         # torch.distributed watches its sums from a thread of its own, also while a graph is captured
         self._mode = "global" if model.team is None else "thread_local"
 
+    @property
+    def captures(self) -> bool:
+        """Whether passes become graphs here."""
+        return self._pool is not None
+
     def run(self, pieces: Sequence[Piece], logits: bool = True) -> Tensor:
         """One step -> logits (tokens of all pieces, vocab), or final states; overwritten by the next step."""
         count = sum(len(p.tokens) for p in pieces)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantmill.architectures import Dimensions, architecture_of, dimensions
+from quantmill.checkpoint import Checkpoint
+from quantmill.formats.container import begins as places
 from quantmill.formats.dialects import Layout
 from quantmill.runtime.cpu.settings import Settings
 from quantmill.runtime.gpu.projection import (
@@ -27,12 +29,10 @@ from quantmill.runtime.gpu.projection import (
     unquantised,
 )
 from quantmill.runtime.gpu.selftest import Probe, probe
-from quantmill.runtime.gpu.upload import Uploader
+from quantmill.runtime.gpu.upload import EarlyUploader, Stored, Uploader
 from quantmill.types import PackedLinear
 
-if TYPE_CHECKING:
-    from quantmill.checkpoint import Checkpoint
-
+EARLY = False  # whether a layer is on its way while the one before it is laid out: has not run on a GPU
 MOST = 60000.0  # what fp16 holds, less some
 
 
@@ -78,12 +78,25 @@ def read_weights(
     checkpoint: Checkpoint, settings: Settings, device: torch.device, dtype: torch.dtype, probed: bool
 ) -> Weights:
     """`probed`: take what the self-test compares. Raises BadCheckpoint for what is missing or misshapen."""
-    reader = _Reader(checkpoint, dtype, Uploader(device), {} if probed else None)
-    prefix = architecture_of(checkpoint.config).blocks_prefix
-    embedding = reader.send("model.embed_tokens.weight").to(dtype)
-    blocks = tuple(_block(reader, f"{prefix}.{i}", settings) for i in range(settings.sizes.layers))
-    head = _head(reader, embedding)
-    return Weights(embedding, blocks, reader.floats("model.norm.weight"), head, reader.probes or {})
+    early = _goes_early(checkpoint, device)
+    begins = {n: at for file in checkpoint.files for n, at in places(file).items()} if early else {}
+    with closing(EarlyUploader(device) if early else Uploader(device)) as upload:
+        quantised_ones = frozenset(checkpoint.quantized_modules())
+        reader = _Reader(checkpoint, dtype, upload, {} if probed else None, quantised_ones, begins)
+        blocks, prefix = [], architecture_of(checkpoint.config).blocks_prefix
+        for i in range(settings.sizes.layers):
+            reader.ahead(f"{prefix}.{i}.", f"{prefix}.{i + 1}.")
+            blocks.append(_block(reader, f"{prefix}.{i}", settings))
+        reader.ahead("lm_head.", "model.embed_tokens.")
+        embedding = reader.send("model.embed_tokens.weight").to(dtype)
+        head, norm = _head(reader, embedding), reader.floats("model.norm.weight")
+    return Weights(embedding, tuple(blocks), norm, head, reader.probes or {})
+
+
+def _goes_early(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Where tensors go to the GPU as they lie in the file; a rank's share is cut, other layouts rearranged."""
+    mapped = type(checkpoint) is Checkpoint and checkpoint.layout is Layout.GPTQ
+    return EARLY and mapped and device.type == "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +105,17 @@ class _Reader:
     dtype: torch.dtype
     upload: Uploader
     probes: dict[str, Probe] | None
+    quantised: frozenset[str]  # modules
+    begins: dict[str, int]  # where tensors begin in their files; empty where they are not sent ahead
 
     def send(self, name: str) -> Tensor:
         return self.upload(self.checkpoint.load(name))
+
+    def ahead(self, *starts: str) -> None:
+        """Tensors whose names start so will be asked for soon."""
+        tensors, begins = self.checkpoint.tensors, self.begins
+        found = ((n, t.file) for n, t in tensors.items() if n in begins and n.startswith(starts))
+        self.upload.ahead(Stored(self.checkpoint.load(n), file, begins[n]) for n, file in found)
 
     def floats(self, name: str) -> Tensor:
         return self.send(name).float()
@@ -104,7 +125,7 @@ class _Reader:
 
     def packed(self, module: str) -> PackedLinear | None:
         """The quantised linear on the device; None where it is dense."""
-        if module not in self.checkpoint.quantized_modules():
+        if module not in self.quantised:
             return None
         # Other layouts are rearranged by the processor's compiled loops, from where it goes on as GPTQ does.
         send = self.upload if self.checkpoint.layout is Layout.GPTQ else None

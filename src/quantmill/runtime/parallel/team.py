@@ -2,13 +2,14 @@
 
 Ranks meet through a file in a private folder and talk over the loopback address, so that no port is open to
 others. Sums of tensors on GPUs go through NCCL, into CUDA graphs too; on a processor, and where ranks share a GPU,
-through gloo. Knows no model.
+through gloo (sums.py). Knows no model.
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch.distributed
 from torch import Tensor
 
 from quantmill.errors import QuantmillError
+from quantmill.runtime.parallel.sums import Nccl, OneShot, OnHost, Sums
 
 dist: Any = torch.distributed  # its groups and stores are not in its type hints
 MEET = datetime.timedelta(minutes=10)  # until all have read their weights
 FILE = "meeting"
+SUMS = "QUANTMILL_SUMS"  # one-shot: small sums by torch's symmetric memory, which no two GPUs have tried yet
 log = logging.getLogger(__name__)
 
 
@@ -39,9 +42,14 @@ class Team:
         with self._told_of_loss():
             store = dist.FileStore(str(folder / FILE), size)
             self._talk = _gloo(dist.PrefixStore("talk", store), rank, size)
-            self._nccl = _nccl(dist.PrefixStore("sums", store), rank, size) if nccl else None
+            self._ways: list[Sums] = [OnHost(self._talk, size)]
+            if nccl:
+                self._ways.insert(0, Nccl(dist.PrefixStore("sums", store), rank, size))
+            if device.type == "cuda" and os.environ.get(SUMS) == "one-shot":
+                memory = dist.PrefixStore("memory", store)
+                self._ways.insert(0, OneShot(memory, str(folder), rank, size, device))
             self._talk.barrier().wait()
-        self._captured = self._nccl is not None and self._sums_in_graphs()
+        self._captured = len(self._ways) > 1 and self._sums_in_graphs()
 
     @property
     def first(self) -> bool:
@@ -52,20 +60,13 @@ class Team:
         """Whether sums can be part of a CUDA graph."""
         return self._captured
 
-    def add_up(self, part: Tensor) -> None:
-        """The sum of all ranks' tensors in place of each; the same bits on all.
+    def add_up(self, part: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, the same bits on all: in place of `part`, or another tensor on a GPU.
 
         Of two ranks, and through gloo of any number, an element's bits do not depend on what else is in the tensor.
         """
         with self._told_of_loss():
-            if self._nccl is not None and part.device.type == "cuda":
-                _nccl_sum(self._nccl, part)
-            elif part.device.type == "cuda":
-                here = part.float().cpu()
-                self._add_here(here)
-                part.copy_(here)
-            else:
-                self._add_here(part)
+            return next(way for way in self._ways if way.takes(part)).add_up(part)
 
     def least(self, number: int) -> int:
         """The smallest of all ranks' numbers."""
@@ -80,41 +81,28 @@ class Team:
         """Sums over all ranks, one by one."""
         box = torch.tensor(numbers, dtype=torch.float64)
         with self._told_of_loss():
-            self._add_here(box)
+            self._ways[-1].add_up(box)
         return [float(n) for n in box]
 
     def _sums_in_graphs(self) -> bool:
-        """Try it: a graph of one sum. Raises QuantmillError where NCCL does not add up at all."""
+        """Try it: a graph of one sum. Raises QuantmillError where these GPUs do not add up at all."""
         box = torch.full((4096,), float(self.rank + 1), device=self.device)
         wanted = self.size * (self.size + 1) / 2
-        self.add_up(box)
-        if not bool((box == wanted).all()):
-            raise QuantmillError("NCCL gives wrong sums between these GPUs: use --tensor-parallel 1")
+        if not bool((self.add_up(box) == wanted).all()):
+            raise QuantmillError("sums between these GPUs are wrong: use --tensor-parallel 1")
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                _nccl_sum(self._nccl, box)
-        except RuntimeError as error:
+                box.fill_(self.rank + 1)
+                found = self.add_up(box)
+        except (RuntimeError, RankLost) as error:
             log.warning("sums cannot be part of CUDA graphs here, so steps are slower: %s", error)
             self.least(0)
             return False
         if not self.least(1):
             return False
-        box.fill_(self.rank + 1)
         graph.replay()
-        return bool(self.least(int((box == wanted).all())))
-
-    def _add_here(self, part: Tensor) -> None:
-        """On the processor. More than two are added in the order of their ranks: gloo's own order depends on
-        an element's place."""
-        if self.size <= 2:
-            self._talk.allreduce([part]).wait()
-            return
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        self._talk.allgather([parts], [part]).wait()
-        torch.add(parts[0], parts[1], out=part)
-        for other in parts[2:]:
-            part.add_(other)
+        return bool(self.least(int((found == wanted).all())))
 
     @contextmanager
     def _told_of_loss(self) -> Iterator[None]:
@@ -132,20 +120,3 @@ def _gloo(store: Any, rank: int, size: int) -> Any:
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = MEET
     return dist.ProcessGroupGloo(store, rank, size, options)
-
-
-def _nccl_sum(group: Any, part: Tensor) -> None:
-    """On the current stream, so that a graph can capture it."""
-    options = dist.AllreduceOptions()
-    options.asyncOp = False
-    work = group.allreduce([part], options)
-    if work is not None:
-        work.wait()
-
-
-def _nccl(store: Any, rank: int, size: int) -> Any:
-    group = dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
-    # The first sum connects, which cannot be done while a graph is captured.
-    _nccl_sum(group, torch.zeros(1, device="cuda"))
-    torch.cuda.synchronize()
-    return group

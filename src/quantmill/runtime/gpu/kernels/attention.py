@@ -2,7 +2,7 @@
 
 Both keep running maxima and sums (Milakov & Gimelshein, arXiv 1805.02867) as FlashAttention does; the first also
 cuts long texts into parts, as flash decoding does. The part that comes last adds the parts in their order; or
-(POSTED) every word of a part carries the launch's number, and the last part reads until all have it: no fence.
+(POSTED) every word of a part carries the launch's number, and some parts read until all words have it: no fence.
 How a row is cut depends on its position alone, so its bits do not depend on what else is in the pass.
 """
 
@@ -126,15 +126,87 @@ def _numbered(value, number):
     return (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | (number.to(tl.int64) << 32)
 
 
-@triton.jit
-def _value(word):
-    return word.to(tl.int32).to(tl.float32, bitcast=True)
+@triton.constexpr_function
+def _awaiting(pack):
+    """PTX that reads until `pack` elements are there: $0 ... the sums' words, their maxima, their totals.
+
+    Every thread reads for itself until its own words are there, so that nothing is decided by another's.
+    """
+    words, out, inputs = range(3 * pack), 3 * pack, [f"w{i}" for i in range(3 * pack)]
+    numbers = out + 2 * pack  # the first operand that holds the launch's number
+    where = [f"[${out + i}]" for i in range(pack)] + [f"[${out + pack + i}]" for i in range(pack)]
+    where += [f"[${out + pack + i} + 8]" for i in range(pack)]
+    loads = "".join(f"ld.relaxed.gpu.global.b64 {w}, {at}; " for w, at in zip(inputs, where, strict=True))
+    checks = "".join(
+        f"mov.b64 {{l{i}, h}}, w{i}; xor.b32 h, h, ${numbers}; or.b32 late, late, h; " for i in words
+    )
+    return (
+        "{ .reg .pred again; .reg .b32 h, late; "
+        + "".join(f".reg .b64 w{i}; .reg .b32 l{i}; " for i in words)
+        + f"WAIT: {loads} mov.b32 late, 0; {checks} setp.ne.b32 again, late, 0; @again bra WAIT; "
+        + "".join(f"mov.b32 ${i}, l{i}; " for i in words)
+        + "}"
+    )
+
+
+@triton.constexpr_function
+def _operands(pack):
+    """Of `_awaiting`: three results, two addresses and a number for each element."""
+    return ",".join(["=r"] * (3 * pack) + ["l"] * (2 * pack) + ["r"] * pack)
 
 
 @triton.jit
-def _off(word, number, there):
-    """1 where a word that should be there has another launch's number."""
-    return (((word >> 32).to(tl.int32) != number) & there).to(tl.int32)
+def _slice(
+    out, sums, tops, base, row, head, part, parts, number, places, places_of,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
+    PACK: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """The first SLICES parts wait for all, 2 * SLICES at most, and each adds up and puts some columns."""
+    if part < SLICES:
+        WIDTH: tl.constexpr = BLOCK_D // SLICES
+        p, few = tl.arange(0, 2 * SLICES), tl.arange(0, GROUP)
+        columns = part * WIDTH + tl.arange(0, WIDTH)
+        # What is not there is read from where something is, and weighs nothing.
+        lines = (base + tl.minimum(p, parts - 1))[:, None] * G + tl.minimum(few, G - 1)[None, :]
+        sums_at = sums + lines[:, :, None] * D + tl.minimum(columns, D - 1)[None, None, :]
+        tops_at = tops + lines[:, :, None] * 2 + columns[None, None, :] * 0
+        wanted = number + (sums_at.to(tl.int64) * 0).to(tl.int32)
+        word, top, total = tl.inline_asm_elementwise(
+            _awaiting(PACK), _operands(PACK), [sums_at, tops_at, wanted],
+            dtype=(tl.int32, tl.int32, tl.int32), is_pure=False, pack=PACK,
+        )  # fmt: skip
+        there = (p < parts)[:, None, None]
+        top = tl.where(there, top.to(tl.float32, bitcast=True), float("-inf"))
+        merged = _merged(word.to(tl.float32, bitcast=True), top, total.to(tl.float32, bitcast=True))
+        _put(out, merged, row, head * G + few, few < G, columns, places, places_of, D, HAS_ORDER)
+
+
+@triton.jit
+def _merged(part_of, top_of, sum_of):
+    """(parts, heads, columns), maxima and totals likewise or broadcast -> (heads, columns), in the parts' order."""
+    highest = tl.max(top_of, 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    share_of = tl.exp2(top_of - highest[None, :, :])
+    every = tl.maximum(tl.sum(sum_of * share_of, 0), 1e-30)
+    return tl.sum(part_of * share_of, 0) / every
+
+
+@triton.jit
+def _summed(
+    sums, tops, base, parts, d,
+    G: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """All parts, which have reported, at once: one wait for memory. Those that are not there weigh nothing."""
+    p, few = tl.arange(0, PARTS), tl.arange(0, GROUP)
+    there = (p < parts)[:, None] & (few < G)[None, :]
+    lines = (base + p)[:, None] * G + few[None, :]
+    kept = there[:, :, None] & (d < D)[None, None, :]
+    top_of = tl.load(tops + lines * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+    sum_of = tl.load(tops + lines * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    part_of = tl.load(
+        sums + lines[:, :, None] * D + d[None, None, :], mask=kept, other=0.0, cache_modifier=".cg"
+    )
+    return _merged(part_of, top_of[:, :, None], sum_of[:, :, None])
 
 
 @triton.jit(do_not_specialize=["least"])
@@ -175,7 +247,8 @@ def rows_kernel(
     HAS_NORM: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     FP8: tl.constexpr,
-    POSTED: tl.constexpr,  # the last part waits for the others' words, else who comes last adds up
+    POSTED: tl.constexpr,  # the first parts wait for all parts' words, else who comes last adds up
+    PACK: tl.constexpr,  # POSTED: elements that a thread waits for at once
     WRITES: tl.constexpr,  # the row's own key and value are put into the cache here, else somebody has
     AHEAD: tl.constexpr,  # blocks asked for before they are needed, where PDL
     PDL: tl.constexpr,
@@ -185,7 +258,8 @@ def rows_kernel(
     The row's own key and value come from `qkv`; all before it from the cache, where earlier steps have put them,
     so that the first block is read while the kernel before this one still runs.
     """
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # A row's parts are started side by side: those that wait for one another all run.
+    part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     G: tl.constexpr = H // KVH
     PER: tl.constexpr = BLOCK // PAGE
     if PDL:
@@ -264,32 +338,27 @@ def rows_kernel(
         base = (row.to(tl.int64) * KVH + head) * PARTS
         at = (base + part) * G + g
         to, top = sums + at[:, None] * D + d[None, :], tops + at * 2
-        p, few = tl.arange(0, PARTS), tl.arange(0, GROUP)
-        there = (p < parts)[:, None] & (few < G)[None, :]
-        line_at = (base + p)[:, None] * G + few[None, :]
-        tops_at = tops + line_at * 2
-        parts_at = sums + line_at[:, :, None] * D + d[None, None, :]
-        kept = there[:, :, None] & (d < D)[None, None, :]
-        # All parts at once: one wait for memory. Those that are not there weigh nothing.
         if POSTED:
             tl.store(to, _numbered(mixed, number), mask=inside)
             tl.store(top, _numbered(most, number), mask=g < G)
             tl.store(top + 1, _numbered(total, number), mask=g < G)
-            if part != parts - 1:
-                return
-            top_word = tl.zeros((PARTS, GROUP), tl.int64)
-            sum_word = top_word
-            part_word = tl.zeros((PARTS, GROUP, BLOCK_D), tl.int64)
-            late = 1
-            while late != 0:  # the other parts wait for nobody and were started before this one
-                part_word = tl.load(parts_at, mask=kept, other=0, volatile=True)
-                top_word = tl.load(tops_at, mask=there, other=0, volatile=True)
-                sum_word = tl.load(tops_at + 1, mask=there, other=0, volatile=True)
-                heads_late = _off(top_word, number, there) + _off(sum_word, number, there)
-                late = tl.sum(_off(part_word, number, kept)) + tl.sum(heads_late)
-            tl.store(turns_of + row * KVH + head, number)
-            part_of, sum_of = _value(part_word), _value(sum_word)
-            top_of = tl.where(there, _value(top_word), float("-inf"))
+            if parts < 4:
+                _slice(
+                    out, sums, tops, base, row, head, part, parts, number, places, places_of,
+                    G, D, BLOCK_D, GROUP, 2, PACK, HAS_ORDER,
+                )  # fmt: skip
+            elif parts < 8:
+                _slice(
+                    out, sums, tops, base, row, head, part, parts, number, places, places_of,
+                    G, D, BLOCK_D, GROUP, 4, PACK, HAS_ORDER,
+                )  # fmt: skip
+            else:
+                _slice(
+                    out, sums, tops, base, row, head, part, parts, number, places, places_of,
+                    G, D, BLOCK_D, GROUP, PARTS // 2, PACK, HAS_ORDER,
+                )  # fmt: skip
+            if part == 0:  # it has seen all parts' words: all have read the number
+                tl.store(turns_of + row * KVH + head, number)
         else:
             tl.store(to, mixed, mask=inside)
             tl.store(top, most, mask=g < G)
@@ -298,15 +367,9 @@ def rows_kernel(
             if tl.atomic_add(turns_of + row * KVH + head, 1, sem="acq_rel") != parts - 1:
                 return
             tl.store(turns_of + row * KVH + head, 0)
-            top_of = tl.load(tops_at, mask=there, other=float("-inf"), cache_modifier=".cg")
-            sum_of = tl.load(tops_at + 1, mask=there, other=0.0, cache_modifier=".cg")
-            part_of = tl.load(parts_at, mask=kept, other=0.0, cache_modifier=".cg")
-        highest = tl.max(top_of, 0)
-        highest = tl.where(highest == float("-inf"), 0.0, highest)
-        share_of = tl.exp2(top_of - highest[None, :])
-        every = tl.maximum(tl.sum(sum_of * share_of, 0), 1e-30)
-        merged = tl.sum(part_of * share_of[:, :, None], 0) / every[:, None]
-        _put(out, merged, row, head * G + few, few < G, d, places, places_of, D, HAS_ORDER)
+            merged = _summed(sums, tops, base, parts, d, G, D, GROUP, PARTS)
+            few = tl.arange(0, GROUP)
+            _put(out, merged, row, head * G + few, few < G, d, places, places_of, D, HAS_ORDER)
     else:
         _put(out, mixed / total[:, None], row, head * G + g, g < G, d, places, places_of, D, HAS_ORDER)
 
@@ -352,7 +415,7 @@ def tile_kernel(
     inside = (t < count)[:, None] & (d < D)[None, :]
     row = (first_row + t).to(tl.int64)
     mine = qkv + row[:, None] * ((H + 2 * KVH) * D) + (head * G + g)[:, None] * D
-    at = start + tl.minimum(t, count - 1)
+    at = start + tl.maximum(tl.minimum(t, count - 1), 0)  # a tile of no rows is filler
     cosine, sine = turns(cosines, at[:, None], d, D), turns(sines, at[:, None], d, D)
     q = rotated(mine, query_norm, cosine, sine, d, inside, D, EPSILON, HAS_NORM)
     q = q.to(qkv.dtype.element_ty)

@@ -125,7 +125,7 @@ def prefetch_rows(matrix, rows, columns):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def cache_kernel(
     qkv,  # (rows, (H + 2 KVH) * D) fp16 or bf16
     key_norm,  # (D,) float32; not read unless HAS_NORM
@@ -172,7 +172,7 @@ def cache_kernel(
     store_vectors(values, value_scales, slot, value, here[:, None], d, D, FP8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def turn_kernel(
     qkv,  # (rows, (H + 2 KVH) * D) fp16 or bf16
     query_norm,  # (D,) float32; these two not read unless HAS_NORM
@@ -181,7 +181,7 @@ def turn_kernel(
     sines,
     keys,  # (pages, KVH, PAGE, D) as qkv
     values,
-    positions,  # (rows,) int32
+    positions,  # (rows,) int32; below 0: filler, nothing of it is kept
     pages,  # the pages of the one sequence, int32
     turned,  # (rows, (H + 2 KVH) * D) as qkv
     rows,
@@ -197,7 +197,9 @@ def turn_kernel(
     """One program turns one head of BLOCK rows of one sequence; a key takes its value along, also to their page."""
     row, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     here = row < rows
-    position = tl.load(positions + row, mask=here, other=0)
+    position = tl.load(positions + row, mask=here, other=-1)
+    kept = position >= 0
+    position = tl.maximum(position, 0)
     d = tl.arange(0, BLOCK_D)
     mask = here[:, None] & (d < D)[None, :]
     first = row.to(tl.int64)[:, None] * ((H + 2 * KVH) * D) + head * D
@@ -209,9 +211,9 @@ def turn_kernel(
     vectors = rotated(qkv + first, norm, cosine, sine, d, mask, D, EPSILON, HAS_NORM)
     tl.store(turned + at, vectors.to(turned.dtype.element_ty), mask=mask)
     if head >= H:
-        page = tl.load(pages + position // PAGE, mask=here, other=0)
+        page = tl.load(pages + position // PAGE, mask=kept, other=0)
         slot = ((page.to(tl.int64) * KVH + head - H) * PAGE + position % PAGE)[:, None]
-        store_vectors(keys, keys, slot, vectors, here[:, None], d, D, False)
+        store_vectors(keys, keys, slot, vectors, kept[:, None], d, D, False)
         value = tl.load(qkv + at + KVH * D, mask=mask, other=0.0)
         tl.store(turned + at + KVH * D, value, mask=mask)
-        store_vectors(values, values, slot, value, here[:, None], d, D, False)
+        store_vectors(values, values, slot, value, kept[:, None], d, D, False)
