@@ -18,6 +18,11 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "phi3": {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import weakref
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ from quantmill.checkpoint import modern_view, open_checkpoint, save_tensors
 from quantmill.errors import BadCheckpoint, SourceNotFound
 from quantmill.formats.gptq import dequantize, pack, unpack
 from quantmill.types import ActOrder, CheckpointFormat, QuantConfig
+from spoilt import FOLDERS, MODULE, MODULES
 from tiny_models import tiny_model
 
 CONFIG = QuantConfig(group_size=32)
-MODULE = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="session")
@@ -77,90 +76,7 @@ def test_where_there_is_no_folder(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nowhere")
 
 
-def no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def broken_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-
-
-def odd_quantization(folder: Path) -> None:
-    edit_json(folder / "config.json", quantization_config=[4])
-
-
-def cut_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def only_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def two_sets(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "a.safetensors")
-    shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
-
-
-def half_a_set(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "w-00001-of-00002.safetensors")
-
-
-def index_of(folder: Path, value: object) -> None:
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(value))
-
-
-def empty_index(folder: Path) -> None:
-    index_of(folder, {"weight_map": {}})
-
-
-def index_outside(folder: Path) -> None:
-    index_of(folder, {"weight_map": {"a": "../model.safetensors"}})
-
-
-def index_to_pickle(folder: Path) -> None:
-    index_of(folder, {"weight_map": {"a": "pytorch_model.bin"}})
-
-
-def missing_shard(folder: Path) -> None:
-    names = ["model-00001-of-00001.safetensors", "model-00002-of-00002.safetensors"]
-    index_of(folder, {"weight_map": dict(zip("ab", names, strict=True))})
-
-
-def missing_tensor(folder: Path) -> None:
-    index_of(folder, {"weight_map": {"nothing": "model-00001-of-00001.safetensors"}})
-
-
-def doubled_tensor(folder: Path) -> None:
-    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
-    index_of(folder, {"weight_map": {"a": "model-00001-of-00001.safetensors", "b": "other.safetensors"}})
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (no_config, r"has no config\.json"),
-        (broken_config, r"config\.json cannot be read"),
-        (odd_quantization, "quantization_config is no JSON object"),
-        (cut_weights, "truncated"),
-        (no_weights, r"no \*\.safetensors"),
-        (only_pickle, r"pytorch_model\.bin, a pickle"),
-        (two_sets, r"unclear which weights are meant \(a\.safetensors, b\.safetensors\)"),
-        (half_a_set, "unclear which weights"),
-        (empty_index, "no weight_map"),
-        (index_outside, r"names '\.\./model"),
-        (index_to_pickle, r"names 'pytorch_model\.bin'"),
-        (missing_shard, "1 of 2 weight files are missing, first model-00002"),
-        (missing_tensor, "index names 1 tensors that no file has, first nothing"),
-        (doubled_tensor, r"lies in model-00001-of-00001\.safetensors and other\.safetensors"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "words"), FOLDERS)
 def test_a_spoilt_folder_is_refused_in_one_line(folder: Path, spoil, words: str) -> None:
     spoil(folder)
     with pytest.raises(BadCheckpoint, match=words) as caught:
@@ -168,52 +84,7 @@ def test_a_spoilt_folder_is_refused_in_one_line(folder: Path, spoil, words: str)
     assert "\n" not in str(caught.value)
 
 
-def wrong_shape(tensors: dict) -> None:
-    tensors[f"{MODULE}.qzeros"] = tensors[f"{MODULE}.qzeros"][:1]
-
-
-def wrong_dtype(tensors: dict) -> None:
-    tensors[f"{MODULE}.qweight"] = tensors[f"{MODULE}.qweight"].float()
-
-
-def flat(tensors: dict) -> None:
-    tensors[f"{MODULE}.qweight"] = tensors[f"{MODULE}.qweight"].flatten()
-
-
-def no_scales(tensors: dict) -> None:
-    del tensors[f"{MODULE}.scales"]
-
-
-def wrong_bias(tensors: dict) -> None:
-    tensors[f"{MODULE}.bias"] = tensors[f"{MODULE}.bias"][:5]
-
-
-def far_group(tensors: dict) -> None:
-    tensors[f"{MODULE}.g_idx"][3] = 2
-
-
-def negative_group(tensors: dict) -> None:
-    tensors[f"{MODULE}.g_idx"][3] = -1
-
-
-def large_scale(tensors: dict) -> None:
-    tensors[f"{MODULE}.scales"] = tensors[f"{MODULE}.scales"].float()
-    tensors[f"{MODULE}.scales"][0, 0] = 1e6
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (wrong_shape, r"qzeros is \(1, 8\); \(2, 8\) is needed for 4 bits and group size 32"),
-        (wrong_dtype, "qweight is F32; I32 is needed"),
-        (flat, r"qweight is \(512,\); two dimensions"),
-        (no_scales, "scales is missing"),
-        (wrong_bias, r"bias is \(5,\); \(64,\) is needed"),
-        (far_group, "names groups 0 to 2 of 2"),
-        (negative_group, "names groups -1 to 1 of 2"),
-        (large_scale, "1 of its values overflow float16"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "words"), MODULES)
 def test_a_spoilt_module_is_refused(folder: Path, spoil, words: str) -> None:
     change_tensors(folder, spoil)
     checkpoint = open_checkpoint(folder)
@@ -291,74 +162,6 @@ def test_short_groups_and_odd_sizes(tmp_path: Path) -> None:
     back = unpack(checkpoint.packed("m"))
     assert torch.equal(back.codes, linear.codes)
     assert torch.equal(back.zeros, linear.zeros)
-
-
-# --- writing
-
-
-def weights(count: int = 7) -> dict[str, torch.Tensor]:
-    return {f"t{i}": torch.full((100,), float(i)) for i in range(count)}  # 400 bytes each
-
-
-def files_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name != "config.json")
-
-
-def test_one_file_where_it_fits(tmp_path: Path) -> None:
-    save_tensors(tmp_path, weights().items())
-    assert files_in(tmp_path) == ["model.safetensors"]
-    assert load_file(tmp_path / "model.safetensors").keys() == weights().keys()
-
-
-def test_shards_where_it_does_not(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    save_tensors(tmp_path, weights().items(), max_shard_bytes=1000)
-    shards = [f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)]
-    assert files_in(tmp_path) == [*shards, "model.safetensors.index.json"]
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 2800
-    assert index["weight_map"] == {f"t{i}": shards[i // 2] for i in range(7)}
-    checkpoint = open_checkpoint(tmp_path)
-    assert all(torch.equal(checkpoint.load(n), t) for n, t in weights().items())
-
-
-def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
-    save_tensors(tmp_path, weights(3).items(), max_shard_bytes=10)
-    assert len(list(tmp_path.glob("model-*-of-00003.safetensors"))) == 3
-
-
-def test_only_one_shard_is_in_memory(tmp_path: Path) -> None:
-    made: list[weakref.ref[torch.Tensor]] = []
-    alive: list[int] = []
-
-    def stream():
-        for i in range(9):
-            tensor = torch.zeros(100)
-            made.append(weakref.ref(tensor))
-            alive.append(sum(ref() is not None for ref in made))
-            yield f"t{i}", tensor
-            del tensor
-
-    save_tensors(tmp_path, stream(), max_shard_bytes=800)
-    assert len(list(tmp_path.glob("model-*"))) == 5
-    assert max(alive) <= 3  # a shard of two, and the one that did not fit
-
-
-def test_an_earlier_save_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / ".00099.safetensors.partial").touch()
-    for limit in (1000, 1500, 10**6, 500):
-        save_tensors(tmp_path, weights().items(), max_shard_bytes=limit)
-        assert open_checkpoint(tmp_path).tensors.keys() == weights().keys()
-        assert len(list(tmp_path.glob("*.safetensors"))) == len(open_checkpoint(tmp_path).files)
-    save_tensors(tmp_path, [])
-    assert open_checkpoint(tmp_path).tensors == {}
-    assert files_in(tmp_path) == ["model.safetensors"]
-
-
-def test_a_name_comes_once(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="a came twice"):
-        save_tensors(tmp_path, [("a", torch.zeros(1)), ("a", torch.zeros(1))])
 
 
 # --- names of the AutoGPTQ era, and the view that Transformers gets

@@ -349,6 +349,13 @@ def test_other_methods(folder: Path) -> None:
         fix(folder)
 
 
+def test_a_config_that_names_no_model(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type=None)
+    report = check(folder)
+    assert any("no model_type" in line for line in errors(report))
+    assert "no model_type" in report.loaders["transformers+quantmill"]
+
+
 def test_a_config_without_packed_weights(tiny_llama: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_llama, tmp_path / "plain"))
     (copy / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
@@ -486,4 +493,5 @@ def test_folders_of_the_other_layouts(folder: Path, tmp_path: Path, to: str) -> 
     assert report.ok, errors(report)
     assert report.loaders["transformers+quantmill"] == "yes"
     assert "GPTQ" in report.loaders["exllamav2"]
+    assert not [f for f in report.findings if f.level is Level.WARNING and "config.json" in f.where]
     assert fix(tmp_path / "out").notes == ()

@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, also when their writer is killed."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from quantmill.errors import BadCheckpoint, BadRequest
-from quantmill.files import atomic_folder, cache_root, read_json, write_json, write_text
+from quantmill.files import atomic_folder, cache_root, full_disk_said, read_json, write_json, write_text
 
 WRITER = """
 import sys, time
@@ -163,3 +164,19 @@ def test_importing_takes_no_torch() -> None:
     code = "import sys, quantmill.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert time.perf_counter() - start < 20
+
+
+def test_a_full_disk_is_told_alike_by_every_library(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+
+    inner = [
+        OSError("21624 requested and 16736 written"),  # numpy's tofile
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ]
+    for error in inner:
+        with pytest.raises(OSError, match="No space left") as caught, full_disk_said(tmp_path / "x"):
+            raise error
+        assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(SafetensorError, match="invalid"), full_disk_said(tmp_path / "x"):
+        raise SafetensorError("invalid header")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from quantmill.commands import measuring
 from quantmill.commands.tasks import run_tasks, task_lines
@@ -53,6 +56,66 @@ def test_versus_is_paired_and_kept_in_both_folders(folders: Path) -> None:
     lines = "\n".join(measuring.report_lines(reports[coarse]) + measuring.versus_lines(fine, found))
     assert "ratio" in lines
     assert "versus" in lines
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+def test_a_gpu_gives_the_cpus_statistics(folders: Path) -> None:
+    here, there = (
+        measuring.measure(
+            {"made": variant(folders, 2)},
+            str(folders / "src"),
+            measuring.Protocol(str(folders / "text.txt"), 32, 12, device, save=False),
+            Console(False),
+        )["made"]
+        for device in ("cpu", "cuda")
+    )
+    assert there.tokens == here.tokens
+    assert there.perplexity == pytest.approx(here.perplexity, rel=2e-3)
+    for name in ("mean_kl", "median_kl", "p99_kl", "p999_kl", "max_kl", "rms_delta_p"):
+        assert getattr(there, name) == pytest.approx(getattr(here, name), rel=0.03)
+    assert there.top1_agreement == pytest.approx(here.top1_agreement, abs=0.02)
+
+
+@pytest.fixture
+def branch(folders: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(variant(folders, 8), tmp_path / "branch"))
+
+
+def told(branch: Path, folders: Path, capsys: pytest.CaptureFixture[str], against: str | None) -> str:
+    """Measure; what was said on stderr."""
+    protocol = measuring.Protocol(str(folders / "text.txt"), 32, 2, "cpu")
+    capsys.readouterr()
+    measuring.measure({"it": str(branch)}, against, protocol, Console(False))
+    return capsys.readouterr().err
+
+
+def test_a_report_with_kl_is_not_replaced_by_one_without(
+    branch: Path, folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told(branch, folders, capsys, str(folders / "src"))
+    before = (branch / measuring.EVAL_REPORT).read_text()
+    assert "stays" in told(branch, folders, capsys, None)
+    assert (branch / measuring.EVAL_REPORT).read_text() == before
+
+
+def test_a_report_that_cannot_be_kept_is_still_told(
+    branch: Path, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "eval_report.json")
+
+    (branch / measuring.EVAL_REPORT).unlink(missing_ok=True)
+    monkeypatch.setattr(measuring, "write_json", refuse)
+    assert "Read-only file system" in told(branch, folders, capsys, None)
+
+
+def test_the_shared_cache_stays_as_the_hub_sent_it(
+    branch: Path, folders: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(branch.parent))
+    (branch / measuring.EVAL_REPORT).unlink(missing_ok=True)
+    told(branch, folders, capsys, None)
+    assert not (branch / measuring.EVAL_REPORT).exists()
 
 
 def test_a_model_is_not_compared_with_itself(folders: Path) -> None:

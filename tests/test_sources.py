@@ -66,12 +66,30 @@ def test_a_folder_of_branches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         resolve("out/model:nope")
 
 
+def test_a_folder_beside_us_takes_a_branch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    main = model_folder(tmp_path / "out" / "main")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("out:main") == main.relative_to(tmp_path)
+    assert resolve("./out:main") == main.relative_to(tmp_path)
+    with pytest.raises(SourceNotFound, match="there is no folder out/other; name one of out/main"):
+        resolve("out:other")
+
+
+def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path):
+    (tmp_path / "Q8_0").mkdir()
+    write_gguf(tmp_path / "Q8_0" / "tiny.Q8_0.gguf", tiny_model("llama"), byte_level_tokenizer())
+    assert (resolve(str(tmp_path / "Q8_0"), cache_dir=tmp_path / "cache") / "config.json").is_file()
+    (tmp_path / "Q8_0" / "tiny.Q4_0.gguf").touch()
+    with pytest.raises(SourceNotFound, match="name one of"):
+        resolve(str(tmp_path / "Q8_0"), cache_dir=tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ([], "it is empty"),
         (["a.bin", "b.txt"], r"but a\.bin, b\.txt"),
-        (["x.gguf"], r"name one of .*x\.gguf"),
+        (["x.gguf", "y.gguf"], r"name one of .*x\.gguf, .*y\.gguf"),
     ],
 )
 def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path, files: list[str], message: str):

@@ -52,6 +52,9 @@ class Architecture:
     shapes: Callable[[Dimensions], dict[str, LinearShape]]
     norms_per_block: Callable[[Dimensions], int]  # elements of a block that are never quantised, biases apart
     blocks_prefix: str = "model.layers"
+    embedding_scale: Callable[[Dimensions], float] = lambda _: (
+        1.0
+    )  # what looked-up embeddings are multiplied by
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -100,6 +103,14 @@ _FUSED_GROUPS = (
     LinearGroup("gate_up", ("mlp.gate_up_proj",)),
     LinearGroup("down", ("mlp.down_proj",)),
 )
+# Names of their own: nothing may be folded into Gemma's norms, which multiply by 1 + w, and its o and down pass a
+# norm on their way to the residual stream.
+_NORMED_GROUPS = (
+    LinearGroup("normed_qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    LinearGroup("o_normed", ("self_attn.o_proj",)),
+    LinearGroup("normed_gate_up", ("mlp.gate_proj", "mlp.up_proj")),
+    LinearGroup("down_normed", ("mlp.down_proj",)),
+)
 
 
 def _two_norms(d: Dimensions) -> int:
@@ -110,6 +121,10 @@ def _two_norms_and_heads(d: Dimensions) -> int:
     return 2 * d.hidden + 2 * d.head_dim  # Qwen3 normalises queries and keys, too
 
 
+def _four_norms_and_heads(d: Dimensions) -> int:
+    return 4 * d.hidden + 2 * d.head_dim
+
+
 ARCHITECTURES = {
     a.model_type: a
     for a in (
@@ -118,6 +133,13 @@ ARCHITECTURES = {
         Architecture("qwen2", _SPLIT_GROUPS, _split(bias=True), _two_norms),
         Architecture("qwen3", _SPLIT_GROUPS, _split(bias=False), _two_norms_and_heads),
         Architecture("phi3", _FUSED_GROUPS, _fused, _two_norms),
+        Architecture(
+            "gemma3_text",
+            _NORMED_GROUPS,
+            _split(bias=False),
+            _four_norms_and_heads,
+            embedding_scale=lambda d: d.hidden**0.5,
+        ),
     )
 }
 

@@ -17,7 +17,7 @@ from quantmill.files import atomic_folder, cache_root, read_json, write_json
 from quantmill.formats.config import config_from_json, config_to_json, module_config
 from quantmill.formats.container import TensorInfo, read_header, write_file
 from quantmill.formats.dialects import Layout, as_gptq, layout_of, method
-from quantmill.packed import Module, g_idx_of, module_faults, module_names, module_size, read_module
+from quantmill.packed import SUFFIXES, Module, g_idx_of, module_faults, module_names, module_size, read_module
 from quantmill.types import Json, PackedLinear, QuantConfig
 from quantmill.weights import INDEX, WEIGHTS, find_weights, save_tensors, shard_name, write_index
 
@@ -120,7 +120,7 @@ class Checkpoint:
 
     def _module(self, module: str) -> Module:
         start = f"{module}."
-        held = {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
+        held = {s: self.tensors[start + s] for s in SUFFIXES if start + s in self.tensors}
         return Module(module, self.module_config(module), held, lambda suffix: self.load(start + suffix))
 
     def _info(self, name: str) -> TensorInfo:

@@ -44,6 +44,12 @@ class Console:
         """A piece of generated text."""
         print(text, end="", file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
+    def ask(self, prompt: str) -> str:
+        """A line that somebody types. Raises EOFError where there are no more."""
+        if self.as_json:
+            self.note(prompt)
+        return input("" if self.as_json else prompt)
+
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Columns, aligned: the first to the left, the others to the right."""
         widths = [max(len(str(r[i])) for r in (head, *rows)) for i in range(len(head))]

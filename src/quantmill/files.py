@@ -6,6 +6,7 @@ POSIX only.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -77,6 +78,20 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     finally:
         os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_said(path: Path) -> Iterator[None]:
+    """Around libraries that write `path` and tell of a full disk in words alone: OSError(ENOSPC) instead."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        short = isinstance(error, OSError) and error.errno is None  # numpy: "9 requested and 5 written"
+        if short or f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def remove_folder(folder: Path) -> None:

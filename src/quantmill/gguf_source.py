@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmill.architectures import ARCHITECTURES
 from quantmill.errors import BadCheckpoint, UnsupportedModel
+from quantmill.files import full_disk_said
 from quantmill.types import Json
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ def convert(path: Path, out: Path, notify: Notify) -> None:
         model = _model(path, _plain(config))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadCheckpoint(f"Transformers cannot read {path}: {error}") from error
-    model.save_pretrained(out, max_shard_size="4GB")
+    with full_disk_said(out):
+        model.save_pretrained(out, max_shard_size="4GB")
     config.save_pretrained(out)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from quantmill.architectures import Dimensions, dimensions
 from quantmill.errors import UnsupportedModel
-from quantmill.files import UNFINISHED, fsync
+from quantmill.files import UNFINISHED, fsync, full_disk_said
 from quantmill.formats.gguf import FLOAT_TYPES, TYPES, row_bytes
 from quantmill.gguf_vocab import Vocabulary, read_vocabulary
 from quantmill.types import Json
@@ -71,8 +71,9 @@ def write_gguf(path: Path, model: GgufModel, tensors: Sequence[GgufTensor]) -> t
         _metadata(writer, model, sizes)
         _vocabulary(writer, vocabulary)
         listed = [*_rope_tensors(model.config, sizes), *tensors]
-        _write_tensors(writer, listed, arch, sizes)
-        writer.close()
+        with full_disk_said(path):
+            _write_tensors(writer, listed, arch, sizes)
+            writer.close()
         fsync(partial)
         os.replace(partial, path)
         fsync(path.parent)

@@ -94,6 +94,8 @@ def branches_of(name: str) -> str:
         return f"; it has {listed([ref.name for ref in HfApi().list_repo_refs(name).branches])}"
     except OSError:  # offline or refused; huggingface_hub's errors of both kinds are OSErrors
         pass
+    except transport_errors():  # nothing answers there
+        pass
     try:
         cached = [
             repo

@@ -39,6 +39,8 @@ def sha256_of(path: Path) -> str:
         ):
             for begin in range(0, size, AT_ONCE):
                 digest.update(view[begin : begin + AT_ONCE])
+                if hasattr(mmap, "MADV_DONTNEED"):  # what was read need not stay in this process
+                    mapped.madvise(mmap.MADV_DONTNEED, begin, min(AT_ONCE, size - begin))
     return digest.hexdigest()
 
 

@@ -120,6 +120,8 @@ def to_half(name: str, tensor: Tensor) -> Tensor:
     """Float16, which every reader computes with. Wider values are rounded, but may not overflow."""
     import torch
 
+    if tensor.dtype == torch.float16:
+        return tensor
     half = tensor.to(torch.float16)
     lost = int((torch.isinf(half) & torch.isfinite(tensor)).sum())
     if lost:

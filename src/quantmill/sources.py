@@ -53,24 +53,32 @@ def resolve(
 ) -> Path:
     """A Transformers folder for `source`: a folder, a `.gguf` file, or `owner/name[:branch]`.
 
-    A folder of branches takes `folder:branch` too. `files="config"` fetches only what `plan` reads.
+    A folder of branches takes `folder:branch` too; a folder whose only model is a `.gguf` file stands for it.
+    `files="config"` fetches only what `plan` reads.
     `cache_dir` replaces quantmill's own cache folder (converted GGUF files), not Hugging Face's (HF_HOME).
     `notify` gets a line when something takes a while. `run`: the model is to be run, not quantised: a `.gguf`
     file then keeps its own codes where a packed linear can hold them, instead of becoming fp16.
 
     Raises SourceNotFound, UnsupportedModel (a file type or architecture), BadCheckpoint (a damaged file).
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return _file(path, _cache_root(cache_dir), notify or _silent, run)
+    if (path := _local(source)) is not None:
+        file = _only_gguf(path) or path
+        return (
+            _file(file, _cache_root(cache_dir), notify or _silent, run) if file.is_file() else _folder(path)
+        )
     name, branch = split_branch(source)
-    if branch and Path(name).is_dir():
-        return _folder(Path(name) / branch)
     if not _HUB_ID.fullmatch(source) or source.lower().endswith(".gguf"):
         raise SourceNotFound(f"{source} does not exist; name a folder, a .gguf file or owner/name[:branch]")
     return _from_hub(name, branch, files)
+
+
+def _local(source: str) -> Path | None:
+    """The folder or file that is meant; a branch of a folder may be missing there. None: nothing on this disk."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    folder, _, branch = source.rpartition(":")
+    return Path(folder).expanduser() / branch if folder and Path(folder).expanduser().is_dir() else None
 
 
 def _silent(_: str) -> None:
@@ -86,10 +94,23 @@ def _folder(path: Path) -> Path:
     raise SourceNotFound(f"{path} holds no config.json{_one_of(path)}")
 
 
+def _only_gguf(folder: Path) -> Path | None:
+    """The `.gguf` file that is the only model of a folder, as in those that `quantize --format gguf:TYPE` makes."""
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return None
+    models = [p for p in sorted(folder.iterdir()) if _is_model(p)]
+    return models[0] if len(models) == 1 and models[0].is_file() else None
+
+
+def _is_model(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    return not hidden and ((path / "config.json").is_file() or path.suffix.lower() == ".gguf")
+
+
 def _one_of(path: Path) -> str:
     """What could have been meant in `path`: models in sub-folders, GGUF files, else whatever lies there."""
     entries = sorted(p for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
-    models = [str(p) for p in entries if (p / "config.json").is_file() or p.suffix.lower() == ".gguf"]
+    models = [str(p) for p in entries if _is_model(p)]
     if models:
         return f"; name one of {listed(models)}"
     if not entries:

@@ -40,8 +40,9 @@ def save_tensors(
 
     def flush() -> None:
         file = folder / f".{len(shards):05}.safetensors.partial"
-        write_file(file, pending)
-        shards.append((file, sorted(pending), size))
+        names = sorted(pending)
+        write_file(file, pending, forget=pending.pop)
+        shards.append((file, names, size))
 
     for name, tensor in tensors:
         assert name not in seen, f"{name} came twice"

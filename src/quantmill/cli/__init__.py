@@ -6,11 +6,16 @@ Every command imports what it needs when it runs, so `quantmill --help` loads no
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
-from quantmill.cli import benching, converting, making, measuring, running, serving, travelling
+import typer
+
+from quantmill.cli import benching, converting, making, measuring, mistakes, running, serving, travelling
 from quantmill.cli.app import app
 from quantmill.cli.making import choose_variants
 from quantmill.errors import QuantmillError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 # The modules' names are in the order of the help.
 __all__ = [
@@ -28,12 +33,25 @@ __all__ = [
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit 2, our own failure exit 1."""
+    """Entry point: a user's mistake is one line and exit 2, our own failure exit 1, Ctrl-C 130."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except QuantmillError as e:
-        print(f"quantmill: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        print("quantmill: interrupted (quantize goes on with --resume)", file=sys.stderr)
-        sys.exit(130)
+        _end(f"quantmill: {e}", e.exit_code)
+    except mistakes.UsageError as e:
+        _end(mistakes.usage_line(e), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _end(mistakes.interrupted_line(), INTERRUPTED)
+    except OSError as e:
+        line = mistakes.system_line(e)
+        if line is None:
+            raise
+        _end(line, 2)
+    if status == INTERRUPTED:  # so says Typer of Ctrl-C
+        _end(mistakes.interrupted_line(), INTERRUPTED)
+    sys.exit(status or 0)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(status)

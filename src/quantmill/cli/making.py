@@ -73,6 +73,8 @@ def plan(
 
     console = Console(as_json)
     config = read_json(resolve(source, files="config", notify=console.note) / "config.json")
+    if config.get("quantization_config"):
+        console.note(f"{source} is quantised already: this is what its unquantised model would become")
     chosen = choose_variants(variant, grid, bits, group_size, default_grid="card")
     refuse_unknown(preset, trained=False)
     rows = predict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Annotated
@@ -80,12 +81,13 @@ def chat(
     cpu_exact: CpuExact = False,
     context: Context = None,
     tensor_parallel: TensorParallel = 1,
+    as_json: AsJson = False,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal; with --json, what was said comes as a document in the end."""
     from quantmill.commands.running import open_model, remember_lines
     from quantmill.runtime.chat import chat_loop
 
-    console = Console()
+    console = Console(as_json)
     params = dataclasses.replace(SAMPLING, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
     loaded, tokenizer = open_model(
         model,
@@ -101,7 +103,9 @@ def chat(
         'a line that ends in \\ goes on in the next; """ alone begins and ends a text of several lines'
     )
     remember_lines()
-    chat_loop(loaded, tokenizer, params, lambda: input("> "), console.stream)
+    ask = functools.partial(console.ask, "> ")
+    talk = chat_loop(loaded, tokenizer, params, ask, console.stream)
+    console.document({"system": talk.system, "messages": talk.messages})
     loaded.close()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from quantmill.cli.app import app
-from quantmill.cli.options import Context, CpuExact, Device, TensorParallel, Threads
+from quantmill.cli.options import AsJson, Context, CpuExact, Device, TensorParallel, Threads
 from quantmill.console import Console
 
 GIGABYTE = 1_000_000_000
@@ -56,6 +56,7 @@ def serve(
     device: Device = "auto",
     threads: Threads = None,
     tensor_parallel: TensorParallel = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Serve models: OpenAI's API, metrics, and a web UI."""
     from quantmill.commands.serving import serve_models
@@ -80,4 +81,4 @@ def serve(
         max_concurrent_per_key=max_concurrent,
         engine=EngineConfig(max_waiting=max_waiting),
     )
-    serve_models(models or (), settings, ui, Console())
+    serve_models(models or (), settings, ui, Console(as_json))

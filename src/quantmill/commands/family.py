@@ -14,7 +14,7 @@ from quantmill.commands.describing import describe
 from quantmill.console import Console
 from quantmill.hub.card import NO_OWNER, Siblings, model_name
 from quantmill.hub.card_facts import read_making
-from quantmill.quantize.awq_step import refusal
+from quantmill.quantize.awq_scales import refusal
 from quantmill.types import Json, Variant
 
 AWQ_GROUPS = (128, 64, 32)

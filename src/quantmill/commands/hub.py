@@ -20,6 +20,7 @@ def serve_hub(root: Path, host: str, port: int, console: Console) -> None:
         console.say(f"  any client of the Hugging Face Hub: HF_ENDPOINT={address}")
         if Store.open(root).accounts.open:
             console.say("there are no tokens: whoever reaches this address may read and write (--add-token)")
+        console.document({"root": str(root), "endpoint": address})
 
     serve(root, host, port, ready)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +26,7 @@ from quantmill.plots import loss_by_layer
 from quantmill.quantize import calibration
 from quantmill.quantize.containers import planned_bytes
 from quantmill.quantize.job import BlockFinished, Event, Finished, Job, ModuleSolved
-from quantmill.quantize.pipeline import peak_ram_bytes, quantize
+from quantmill.quantize.pipeline import peak_ram_bytes, peak_vram_bytes, quantize
 from quantmill.quantize.presets import refuse_unknown
 from quantmill.runtime.load import load_model, load_tokenizer
 from quantmill.sources import resolve
@@ -64,8 +67,12 @@ class Made:
     variants: tuple[Finished, ...]
     seconds: float
     peak_ram_bytes: int
+    peak_vram_bytes: tuple[int, int] | None = (
+        None  # on a GPU: what tensors took, and what torch held for them
+    )
 
     def to_json(self) -> Json:
+        """The document that `--json` prints."""
         variants = [
             {
                 "branch": f.branch,
@@ -76,10 +83,13 @@ class Made:
             }
             for f in self.variants
         ]
+        tensors, held = self.peak_vram_bytes or (None, None)
         return {
             "variants": variants,
             "seconds": round(self.seconds, 2),
             "peak_ram_bytes": self.peak_ram_bytes,
+            "peak_vram_bytes": held,
+            "peak_vram_tensors_bytes": tensors,
         }
 
 
@@ -94,9 +104,9 @@ def make(request: Request, console: Console) -> Made:
     _refuse_quantised(request.source, config)
     if request.family:
         request = dataclasses.replace(request, variants=fitting(request.variants, config, console))
+    if not request.target:
+        _refuse_without_room(request, config, console)
     data = calibrate(request, folder, config, console)
-    for v in () if request.target else request.variants:
-        console.note(f"{v.branch}: will be {gigabytes(planned_bytes(config, v))}")
     job = Job(
         source=folder,
         source_name=request.source,
@@ -119,13 +129,14 @@ def make(request: Request, console: Console) -> Made:
         follower = _Follower(advance, total // len(job.variants))
         with also_to(None if console.mute else request.events, follower) as follow:
             finished = quantize(job, follow)
-    made = Made(tuple(finished), time.perf_counter() - began, peak_ram_bytes())
+    taken = time.perf_counter() - began
+    made = Made(tuple(finished), taken, peak_ram_bytes(), peak_vram_bytes(device))
     if request.family and not console.mute:
         describe_family(request.out, None)
     if not console.mute:
         losses = {f.branch: [(m.name, m.loss) for m in f.modules] for f in finished}
         loss_by_layer(losses, request.out / PICTURE)
-    summarise(made, console)
+    summarise(made, request.source, console)
     return made
 
 
@@ -161,6 +172,22 @@ def calibrate(request: Request, folder: Path, config: Json, console: Console) ->
     return data
 
 
+def _refuse_without_room(request: Request, config: Json, console: Console) -> None:
+    """Say how large the variants will be, and stop now where the disk cannot hold them."""
+    planned = {v.branch: planned_bytes(config, v) for v in request.variants}
+    for branch, size in planned.items():
+        console.note(f"{branch}: will be {gigabytes(size)}")
+    place = next(p for p in (request.out.absolute(), *request.out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadRequest(f"{place} is no folder that you may write to: give another --out")
+    free, needed = shutil.disk_usage(place).free, sum(planned.values())
+    if free < needed and not request.resume:  # a resumed run has part of it there already
+        raise BadRequest(
+            f"{request.out} has room for {gigabytes(free)}, {gigabytes(needed)} are needed: make room, or give "
+            "another --out"
+        )
+
+
 def _refuse_quantised(source: str, config: Json) -> None:
     if config.get("quantization_config"):
         raise BadRequest(f"{source} is quantised already: start from the unquantised model")
@@ -185,7 +212,7 @@ class _Follower:
                 pass
 
 
-def summarise(made: Made, console: Console) -> None:
+def summarise(made: Made, source: str, console: Console) -> None:
     """What was made, where it is, and what is not as asked."""
     console.say()
     rows = [
@@ -195,10 +222,13 @@ def summarise(made: Made, console: Console) -> None:
     console.table(("branch", "size", "mean loss", "fallbacks", "folder"), rows)
     for line in _fallback_lines(made.variants):
         console.say(line)
-    console.say(f"\n{seconds(made.seconds)}, at most {gigabytes(made.peak_ram_bytes)} of memory")
+    gpu = f" and {gigabytes(made.peak_vram_bytes[1])} of the GPU's" if made.peak_vram_bytes else ""
+    console.say(f"\n{seconds(made.seconds)}, at most {gigabytes(made.peak_ram_bytes)} of memory{gpu}")
     example = made.variants[0].folder
+    made_first, original = shlex.quote(str(example)), shlex.quote(source)
     console.say(
-        f"next: quantmill eval {example} --against SOURCE, or quantmill generate {example} --prompt 'Hello'"
+        f"next: quantmill eval {made_first} --against {original}, "
+        f"or quantmill generate {made_first} --prompt 'Hello'"
     )
 
 

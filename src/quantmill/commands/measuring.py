@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quantmill.commands.machine import pick_device, set_threads
@@ -28,7 +29,7 @@ from quantmill.evaluate import (
     score,
     token_windows,
 )
-from quantmill.files import write_json
+from quantmill.files import read_json, write_json
 from quantmill.manifest import update_manifest
 from quantmill.quantize import calibration
 from quantmill.quantize.ranks import Ranks, join, leave
@@ -104,10 +105,26 @@ def measure_scores(
     named = {"text": Path(protocol.text).name, "text_sha256": hashlib.sha256(text.encode()).hexdigest()}
     reports = {name: report(scores[name], **named) for name in models}
     for name, folder in folders.items():
-        if ranks.first and protocol.save and (folder / QUANTIZE_REPORT).exists():
-            write_json(folder / EVAL_REPORT, report_to_json(reports[name]))
-            update_manifest(folder, (EVAL_REPORT,))
+        if ranks.first and protocol.save:
+            _keep(folder, reports[name], console)
     return Measured(reports, scores)
+
+
+def _keep(folder: Path, report: EvalReport, console: Console) -> None:
+    """Put the report beside the weights for the card, where they were made here; else say why it is not kept."""
+    if not (folder / QUANTIZE_REPORT).exists():
+        return
+    if folder.is_relative_to(constants.HF_HUB_CACHE):  # what the hub sent stays as it was sent
+        return
+    try:
+        kept = read_json(folder / EVAL_REPORT) if (folder / EVAL_REPORT).exists() else {}
+        if report.mean_kl is None and kept.get("mean_kl") is not None:
+            console.note(f"{folder / EVAL_REPORT} stays: it knows the KL, this run had no --against")
+            return
+        write_json(folder / EVAL_REPORT, report_to_json(report))
+        update_manifest(folder, (EVAL_REPORT,))
+    except OSError as error:
+        console.note(f"not kept for the card, {folder} cannot be written to ({error.strerror}): --no-save")
 
 
 def _silent(steps: int, remark: str) -> None:

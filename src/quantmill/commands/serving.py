@@ -29,6 +29,7 @@ def serve_models(models: Sequence[str], settings: ServeSettings, ui: bool, conso
             console.say(f"  in a browser: {address}/ui")
         if not settings.loopback and settings.no_auth:
             console.note("there are no keys: whoever reaches this address may use it (--api-key)")
+        console.document({"url": address, "models": names})
 
     serve(service, settings, load=names[:1], ready=ready, mount=mount)
 

@@ -47,12 +47,16 @@ def _configs(facts: Facts) -> Iterator[Finding]:
     if not facts.quantized:
         yield warning("config.json", "no quantization_config and no packed weights: not a quantised model")
         return
+    if not facts.checkpoint.config.get("model_type"):
+        yield error("config.json", "no model_type: no program can build the model; take the original's file")
     if facts.config_fault:
         yield error("config.json", facts.config_fault)
     if stated is None:
         yield warning(
             "config.json", "no quantization_config: only quantmill reads it so; type quantmill check --fix"
         )
+    if (stated or {}).get("quant_method", "gptq") != "gptq":
+        return  # the other methods have no second file, and keys of their own
     yield from _missing_keys(stated or {})
     if (folder / "quantize_config.json").is_file():
         yield from _drift(folder, stated)

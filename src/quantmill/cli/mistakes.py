@@ -1,0 +1,59 @@
+"""What the command line's parser and the operating system refuse -> one line with the cure.
+
+Errors of our own carry their line already (errors.py). What is in neither is a bug, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import typer
+
+# Typer brings a Click of its own and exports the leaf alone.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+_CURES = {
+    errno.ENOSPC: "make room, or name another disk; quantize goes on with --resume",
+    errno.EDQUOT: "make room, or name another disk; quantize goes on with --resume",
+    errno.EROFS: "name a folder that you may write to",
+    errno.EACCES: "name another, or mend its rights",
+    errno.EPERM: "name another, or mend its rights",
+    errno.ENOENT: "name a path that exists",
+    errno.ENOTDIR: "name a folder there",
+    errno.EISDIR: "name a file there",
+    errno.EEXIST: "name another",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "type 'ulimit -n 4096' first",
+    errno.ENOMEM: "close other programs, or give --max-ram",
+}
+
+
+_GOES_ON = {
+    "quantize": " (the same command with --resume goes on)",
+    **dict.fromkeys(("demo", "download", "publish"), " (the same command goes on)"),
+}
+
+
+def usage_line(error: Exception) -> str:
+    """The parser's complaint, what is possible, and where to read more; the help itself where nothing was typed."""
+    message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
+    if "\n" in message:
+        return message
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "quantmill"
+    return f"quantmill: {message[:1].lower()}{message[1:]}; type {command} --help"
+
+
+def system_line(error: OSError) -> str | None:
+    """What the operating system refused, and the cure; None for what no user can mend."""
+    cure = _CURES.get(error.errno or 0)
+    if cure is None:
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return f"quantmill: {place}{error.strerror}: {cure}"
+
+
+def interrupted_line() -> str:
+    """What is left after Ctrl-C."""
+    return f"quantmill: interrupted{_GOES_ON.get(''.join(sys.argv[1:2]), '')}"
