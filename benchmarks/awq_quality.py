@@ -1,6 +1,7 @@
 """AWQ folders: our scaling and solver against an AutoAWQ-style search with rounding to nearest, same tokens.
 
     python benchmarks/awq_quality.py --source FOLDER --blocks NPY --test NPY [--group 128] [--device cuda]
+        [--made awq-best,awq,gptq-asym,gptq-sym]
 
 The peer is a twin written here after AutoAWQ 0.2 (no longer installable beside a current Transformers): twenty
 strengths per group of linears, scales = rms(x)^a / mean|w|^(1-a), chosen by the error of the linears' outputs
@@ -128,10 +129,10 @@ def peer(original: torch.nn.Module, sums: dict[str, Tensor], group: int) -> dict
 
 
 def ours(
-    source: Path, data: CalibrationSet, out: Path, variant: Variant, device: str
+    source: Path, data: CalibrationSet, out: Path, variant: Variant, preset: str, device: str
 ) -> tuple[dict[str, Tensor], float]:
     began = time.perf_counter()
-    done = quantize(Job(source, "model", out, (variant,), data, device=device), lambda _: None)[0]
+    done = quantize(Job(source, "model", out, (variant,), data, preset, device=device), lambda _: None)[0]
     took = time.perf_counter() - began
     opened = open_checkpoint(done.folder)
     weights = {f"{m}.weight": dequantize(opened.packed(m), torch.float32) for m in opened.quantized_modules()}
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--made", default="awq-best,awq,gptq-asym,gptq-sym")
     args = parser.parse_args()
     blocks = torch.from_numpy(np.load(args.blocks).astype(np.int64))
     ids = torch.from_numpy(np.load(args.test).astype(np.int64)).flatten()
@@ -156,9 +158,11 @@ def main() -> None:
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to(args.device).eval()
     asym = QuantConfig(4, args.group, sym=False, checkpoint_format=CheckpointFormat.GPTQ_V2)
     made = {
-        "awq": Variant("awq", asym, "awq"),
-        "gptq-asym": Variant("gptq", asym),
-        "gptq-sym": Variant("sym", QuantConfig(4, args.group)),
+        "awq-best": (Variant("awq", asym, "awq"), "best"),
+        "awq": (Variant("awq", asym, "awq"), "fast"),
+        "gptq-asym": (Variant("gptq", asym), "fast"),
+        "gptq-asym-best": (Variant("gptq", asym), "best"),
+        "gptq-sym": (Variant("sym", QuantConfig(4, args.group)), "fast"),
     }
     began = time.perf_counter()
     with torch.inference_mode():
@@ -171,8 +175,8 @@ def main() -> None:
         f"{'what':<16}{'KL':>10}  of the peer's        top-1   seconds",
         flush=True,
     )
-    for name, variant in made.items():
-        weights, spent[name] = ours(source, data, work / name, variant, args.device)
+    for name in args.made.split(","):
+        weights, spent[name] = ours(source, data, work / name, *made[name], args.device)
         pair = {name: model_with(source, weights, args.device), "autoawq-style": twin_model}
         scores = evaluate.score(pair, cut, original=original)
         for shown in pair:

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_precision.py SOURCE BLOCKS.npy TEST.npy [--device cuda] [--sets 4] [--windows 24]
                                        [--bits 4 3] [--preset fast]
+                                       [--formats float32 bfloat16]
 
 BLOCKS (samples, length) and TEST (n,) hold token ids of SOURCE's tokenizer. Every row quantises the model
 with group 64, then scores it in float32 against the original: mean KL over all positions of the first
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--sets", type=int, default=4)
     parser.add_argument("--preset", default="fast")
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.only is None:
@@ -137,7 +139,7 @@ def measure_set(asked: argparse.Namespace) -> None:
     with torch.inference_mode():
         wanted = [torch.log_softmax(student(w[None]).logits[0, :-1], -1) for w in windows]
     for bits in asked.bits:
-        for forward, inputs in ROWS:
+        for forward, inputs in (row for row in ROWS if {*row} <= {*asked.formats}):
             use(forward, inputs)
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as scratch:

@@ -16,13 +16,15 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from quantmill.architectures import dimensions, linear_shapes
 from quantmill.files import read_json
+from quantmill.formats.container import write_file
 from quantmill.hub.variants import parse_variant
 from quantmill.quantize import calibration, memory
 from quantmill.quantize.arithmetic import tensor_cores
@@ -47,21 +49,27 @@ def make_model(folder: Path, layers: int, device: str = "cuda") -> dict[str, obj
     shapes, hidden, vocab = linear_shapes(config), config["hidden_size"], config["vocab_size"]
     weight_map: dict[str, str] = {}
 
-    def save(number: int, tensors: dict[str, torch.Tensor]) -> None:
+    def save(number: int, make: Callable[[], dict[str, torch.Tensor]]) -> None:
         name = f"model-{number + 1:05}-of-{layers + 1:05}.safetensors"
-        save_file({k: v.bfloat16().cpu() for k, v in tensors.items()}, folder / name)
+        tensors = {k: v.bfloat16() for k, v in make().items()}
+        write_file(folder / name, tensors)
         weight_map.update(dict.fromkeys(tensors, name))
 
-    for i in range(layers):
+    def layer(i: int) -> dict[str, torch.Tensor]:
         p = f"model.layers.{i}."
-        save(i, {f"{p}{m}.weight": torch.randn(s.out_features, s.in_features, device=device) * 0.02
-                 for m, s in shapes.items()}
-             | {f"{p}{n}_layernorm.weight": 1 + 0.1 * torch.randn(hidden, device=device)
-                for n in ("input", "post_attention")})  # fmt: skip
-    ends = {"model.embed_tokens.weight": torch.randn(vocab, hidden, device=device),
-            "lm_head.weight": torch.randn(vocab, hidden, device=device) * 0.02,
-            "model.norm.weight": torch.ones(hidden, device=device)}  # fmt: skip
-    save(layers, ends)
+        return {f"{p}{m}.weight": torch.randn(s.out_features, s.in_features, device=device) * 0.02
+                for m, s in shapes.items()} | {
+                f"{p}{n}_layernorm.weight": 1 + 0.1 * torch.randn(hidden, device=device)
+                for n in ("input", "post_attention")}  # fmt: skip
+
+    def ends() -> dict[str, torch.Tensor]:
+        return {"model.embed_tokens.weight": torch.randn(vocab, hidden, device=device),
+                "lm_head.weight": torch.randn(vocab, hidden, device=device) * 0.02,
+                "model.norm.weight": torch.ones(hidden, device=device)}  # fmt: skip
+
+    with ThreadPoolExecutor(8) as pool:
+        parts = [functools.partial(layer, i) for i in range(layers)]
+        list(pool.map(save, range(layers + 1), [*parts, ends]))
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return config

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--ext", action="store_true")
     parser.add_argument("--iters", type=int, help="steps per block, instead of its 200 or 1000")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
@@ -59,7 +60,7 @@ def quantize(arguments: argparse.Namespace, blocks: Any) -> dict[str, float]:
         seqlen=blocks.shape[1],
         iters=arguments.iters or (1000 if arguments.best else 200),
         device_map=arguments.device,
-        enable_torch_compile=False,
+        enable_torch_compile=not arguments.eager,
         enable_alg_ext=arguments.ext,
     )
     began = time.perf_counter()

@@ -41,6 +41,7 @@ PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptqmodel-act-order": ("peer_gptqmodel.py", ("--damp", "0.1")),
     "gptqmodel-best": ("peer_gptqmodel.py", ("--gar", "--mse", "2.4", "--damp", "0.05")),
     "autoround": ("peer_autoround.py", ()),
+    "autoround-eager": ("peer_autoround.py", ("--eager",)),
     "autoround-ext": ("peer_autoround.py", ("--ext",)),
     "autoround-best": ("peer_autoround.py", ("--best",)),
 }
@@ -73,7 +74,7 @@ def ablation() -> dict[str, Any]:
 
 
 def ways() -> dict[str, Any]:
-    """Other schedules of distillation, by name: maker best+distill=WAY."""
+    """Other schedules of distillation: maker best+distill=WAY, or WAY~N with N times the rows of its own text."""
     from quantmill.quantize.presets import Schedule
 
     return {
@@ -82,6 +83,9 @@ def ways() -> dict[str, Any]:
         "together": (Schedule(200, 3e-3, 1e-3, code_rate=1e-2),),
         "slow-codes": (Schedule(200, 1e-3, 5e-4, code_rate=3e-3),),
         "fast-codes": (Schedule(200, 3e-3, 1e-3, code_rate=3e-2),),
+        "faster-codes": (Schedule(200, 3e-3, 1e-3, code_rate=6e-2),),
+        "lean": (Schedule(200, 3e-3, 1e-3, code_rate=1e-2, lean=1.0),),
+        "fast-lean": (Schedule(200, 3e-3, 1e-3, code_rate=3e-2, lean=1.0),),
     }
 
 
@@ -202,8 +206,10 @@ def make_own(
     from quantmill.types import CalibrationSet, QuantConfig, Variant
 
     name, _, way = maker.partition("=")
+    way, _, own_text = way.partition("~")
     preset, tune, distill = OWN.get(name, (name, False, False))
     best_step.DISTILL = dict.fromkeys((2, 3, 4), ways()[way]) if way else presets.DISTILL
+    best_step.OWN_TEXT = dict.fromkeys((2, 3, 4), int(own_text or 0)) if way else presets.OWN_TEXT
     solved = asked.solved / f"{bits}-{group}-{asked.asym}-{preset}-{tune}"
     work, last = scratch / "own" / WORK / "variant", -1
 

@@ -8,9 +8,12 @@ In one run, on one machine, the same requests (mixed lengths, a seed each):
     offline    the engine without a server, all requests at hand: the limit that the server is measured against
     alone      some of the requests, one at a time
     full       64 clients, each asking again as soon as it is answered; answers are compared with those above
+    passes     what the engine did meanwhile, offline and served, and what the server's processes took of a core
     half       Poisson arrivals at half of that rate: time to first token, time between tokens
     chaos      64 clients, a fifth of the answers cut off by their clients; then: is anything stuck or lost?
     memory     --minutes of the same, and the server's resident memory before and after
+
+--engine process thread does all but the first two with either kind of engine. Lines begin with the seconds so far.
 """
 
 from __future__ import annotations
@@ -24,14 +27,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from serve_clients import Crowd, closed_loop, latencies, poisson
+
 ROOT = Path(__file__).resolve().parents[1]
+FIGURES = (
+    "passes",
+    "answer_tokens",
+    "prompt_tokens",
+    "busy_seconds",
+)  # of an engine, by the names in /metrics
+BEGAN = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -46,17 +55,6 @@ class Ask:
         said = {"model": model, "prompt": self.prompt, "max_tokens": self.tokens, "seed": self.seed}
         more = {"temperature": 0.8, "top_p": 0.95, "top_k": 40, "ignore_eos": True, "stream": True}
         return json.dumps(said | more).encode()
-
-
-@dataclass
-class Told:
-    """What a client saw."""
-
-    text: str = ""
-    first: float | None = None  # seconds to the first token
-    gaps: list[float] = field(default_factory=list)
-    done: bool = False
-    status: int = 0
 
 
 def asks(folder: Path, count: int, longest_prompt: int, longest_answer: int, seed: int = 5) -> list[Ask]:
@@ -80,6 +78,8 @@ def asks(folder: Path, count: int, longest_prompt: int, longest_answer: int, see
 
 def offline(spec: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: all requests through the engine, then some of them alone."""
+    from dataclasses import replace
+
     from quantmill.runtime.engine_types import EngineConfig
     from quantmill.runtime.llm import LLM
     from quantmill.types import SamplingParams
@@ -88,15 +88,19 @@ def offline(spec: dict[str, Any]) -> dict[str, Any]:
     params = [SamplingParams(0.8, 0.95, 40, 1.0, a.tokens, a.seed, ignore_eos=True) for a in todo]
     config = EngineConfig(max_running=spec["clients"], max_waiting=len(todo) + 1)
     with LLM(spec["folder"], device=spec["device"], threads=spec["threads"], engine=config) as llm:
-        llm.generate([a.prompt for a in todo[:8]], params[:8])  # compiling, allocating
-        answers, rates = [], []
+        warm = [Ask(**a) for a in spec["warm"]]  # compiling, allocating
+        llm.generate([a.prompt for a in warm], [replace(params[0], max_new_tokens=a.tokens) for a in warm])
+        answers, rates, before = [], [], llm.engine.stats()
         for part in halves(len(todo)):
             began = time.perf_counter()
             answers += llm.generate([a.prompt for a in todo[part]], params[part])
             rates.append(sum(a.tokens for a in todo[part]) / (time.perf_counter() - began))
+        after = llm.engine.stats()
+        passes = {name: getattr(after, name) - getattr(before, name) for name in FIGURES}
         alone = [llm.generate([todo[i].prompt], [params[i]])[0].text for i in range(spec["alone"])]
         texts = [a.text for a in answers]
-        return {"runtime": llm.facts.name, "rates": rates, "texts": texts, "alone": alone}
+        found = {"runtime": llm.facts.name, "rates": rates, "passes": passes}
+        return found | {"texts": texts, "alone": alone}
 
 
 def halves(count: int) -> tuple[slice, slice]:
@@ -105,110 +109,9 @@ def halves(count: int) -> tuple[slice, slice]:
     return slice(0, count // 2), slice(count // 2, count)
 
 
-async def ask(port: int, body: bytes, cut: int | None = None) -> Told:
-    """One request over a connection of its own; with `cut`, hang up after so many pieces."""
-    told, began = Told(), time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
-    came: list[tuple[float, bytes]] = []
-    count = 0
-    try:
-        told.status = int((await reader.readline()).split()[1])
-        while some := await reader.read(1 << 16):
-            came.append((time.perf_counter(), some))
-            count += some.count(b"data: ")
-            if cut is not None and count >= cut:
-                break
-    finally:
-        writer.close()
-    _understand(told, came, began, cut)
-    return told
-
-
-def _understand(told: Told, came: list[tuple[float, bytes]], began: float, cut: int | None) -> None:
-    """Lines and times from what came, once all is there: a client should not be what is measured."""
-    last, count, left = began, 0, b""
-    for now, some in came:
-        *lines, left = (left + some).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data: [DONE]"):
-                told.done = True
-            elif line.startswith(b"data: ") and (cut is None or count < cut):
-                text = json.loads(line[6:])["choices"][0]["text"]
-                count += 1
-                if not text:
-                    continue
-                told.text += text
-                if told.first is None:
-                    told.first = now - began
-                else:
-                    told.gaps.append(now - last)
-                last = now
-
-
-async def closed_loop(
-    port: int, bodies: list[bytes], clients: int, cuts: dict[int, int]
-) -> tuple[list[Told], float]:
-    """Every client asks, waits for the answer, asks the next."""
-    told: list[Told] = [Told()] * len(bodies)
-    left = iter(range(len(bodies)))
-
-    async def client() -> None:
-        for i in left:
-            told[i] = await asyncio.wait_for(ask(port, bodies[i], cuts.get(i)), 600)
-
-    began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    return told, time.perf_counter() - began
-
-
-class Crowd:
-    """Clients in several processes, so that one interpreter is not what is measured."""
-
-    def __init__(self, port: int, clients: int, processes: int) -> None:
-        self.port, self.clients, self.processes = port, clients, processes
-        self._pool = ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else None
-        if self._pool is not None:
-            list(self._pool.map(time.sleep, [0.5] * processes))  # all of them started
-
-    def ask(self, bodies: list[bytes], cuts: dict[int, int]) -> tuple[list[Told], float]:
-        """Everything is asked, `clients` at a time -> answers, seconds."""
-        if self._pool is None:
-            return asyncio.run(closed_loop(self.port, bodies, self.clients, cuts))
-        step, began = self.processes, time.perf_counter()
-        shares = [
-            (
-                self.port,
-                bodies[i::step],
-                self.clients // step,
-                {n // step: c for n, c in cuts.items() if n % step == i},
-            )
-            for i in range(step)
-        ]
-        told = [Told()] * len(bodies)
-        for i, part in enumerate(self._pool.map(_share, shares)):
-            told[i::step] = part
-        return told, time.perf_counter() - began
-
-
-def _share(given: tuple[int, list[bytes], int, dict[int, int]]) -> list[Told]:
-    return asyncio.run(closed_loop(*given))[0]
-
-
-async def poisson(port: int, bodies: list[bytes], rate: float) -> list[Told]:
-    """Requests come on their own, `rate` a second on average."""
-    rng, tasks = random.Random(9), []
-    for body in bodies:
-        tasks.append(asyncio.create_task(ask(port, body)))
-        await asyncio.sleep(rng.expovariate(rate))
-    return list(await asyncio.gather(*tasks))
-
-
-def start_server(folder: Path, args: argparse.Namespace) -> tuple[subprocess.Popen[str], int]:
+def start_server(
+    folder: Path, args: argparse.Namespace, engine: str | None
+) -> tuple[subprocess.Popen[str], int]:
     command = [
         sys.executable,
         "-m",
@@ -222,8 +125,8 @@ def start_server(folder: Path, args: argparse.Namespace) -> tuple[subprocess.Pop
     ]
     command += ["--max-concurrent", "4096", "--device", args.device]
     command += ["--threads", str(args.threads)] if args.threads else []
-    command += [f"--engine-{args.engine}"] if args.engine else []
-    log = open(args.log, "w")  # noqa: SIM115  # the server's, until it ends
+    command += [f"--engine-{engine}"] if engine else []
+    log = open(args.log, "a")  # noqa: SIM115  # the server's, until it ends
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     assert server.stdout is not None
     for line in server.stdout:
@@ -247,56 +150,62 @@ def metric(port: int, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
 
-def percentile(values: Iterable[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+def cores(pid: int) -> dict[str, float]:
+    """Seconds of processor time so far: of the server, and of its engine's process where it has one."""
+    import psutil
 
-
-def latencies(told: list[Told]) -> dict[str, float]:
-    first = [t.first for t in told if t.first is not None]
-    gaps = [g for t in told for g in t.gaps]
-    return {
-        "ttft_p50_ms": 1e3 * percentile(first, 0.5),
-        "ttft_p99_ms": 1e3 * percentile(first, 0.99),
-        "itl_p50_ms": 1e3 * percentile(gaps, 0.5),
-        "itl_p99_ms": 1e3 * percentile(gaps, 0.99),
-    }
+    process = psutil.Process(pid)
+    found = {"server": sum(process.cpu_times()[:2])}
+    spent = [sum(p.cpu_times()[:2]) for p in process.children(recursive=True)]
+    return found | ({"engine": max(spent)} if spent else {})
 
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     todo = asks(folder, args.requests, args.longest_prompt, args.longest_answer)
+    warm = asks(folder, args.clients, args.longest_prompt, 16, seed=7)
     total = sum(a.tokens for a in todo)
     alone = min(args.alone, len(todo))
     spec = {"asks": [asdict(a) for a in todo], "folder": str(folder), "clients": args.clients, "alone": alone}
+    spec["warm"] = [asdict(a) for a in warm]
     limit = _child(spec | {"device": args.device, "threads": args.threads})
     best = max(limit["rates"])
     say(f"offline   {best:8.1f} tok/s  {limit['runtime']}, {len(todo)} requests, {total} tokens")
+    say(f"          {_passes(limit['passes'])}")
     differ = sum(a != b for a, b in zip(limit["alone"], limit["texts"], strict=False))
-    report: dict[str, Any] = {"offline_tok_s": best, "alone_differ": differ, "alone": alone}
+    report: dict[str, Any] = {"offline_tok_s": best, "offline_passes": limit["passes"]}
+    report |= {"alone_differ": differ, "alone": alone}
     say(f"alone     {alone - differ} of {alone} answers equal those in the batch")
-    server, port = start_server(folder, args)
+    Path(args.log).unlink(missing_ok=True)
+    for engine in args.engine or [None]:
+        report[engine or "server"] = served(folder, args, engine, todo, warm, best, limit["texts"])
+    return report
+
+
+def served(
+    folder: Path,
+    args: argparse.Namespace,
+    engine: str | None,
+    todo: list[Ask],
+    warm: list[Ask],
+    best: float,
+    texts: list[str],
+) -> dict[str, Any]:
+    """All that is measured of one server, beside the engine's `best` rate and its answers."""
+    server, port = start_server(folder, args, engine)
+    say(f"serving   engine: {engine or 'default'}")
     bodies = [a.body("m") for a in todo]
     try:
-        asyncio.run(closed_loop(port, bodies[:8], 8, {}))
+        asyncio.run(closed_loop(port, [a.body("m") for a in warm], args.clients, {}))
         crowd = Crowd(port, args.clients, args.processes)
-        told, rates = [], []
-        for part in halves(len(todo)):
-            some, seconds = crowd.ask(bodies[part], {})
-            told += some
-            rates.append(sum(a.tokens for a in todo[part]) / seconds)
-        rate = max(rates)
-        equal = sum(t.text == text for t, text in zip(told, limit["texts"], strict=True))
-        overhead = 1 - rate / best
-        report |= {"server_tok_s": rate, "overhead": overhead, "equal": equal, "full": latencies(told)}
-        say(f"full      {rate:8.1f} tok/s  {overhead:+.1%} overhead, {equal} of {len(told)} answers equal")
-        say(f"          {_said(report['full'])}")
+        report = full(crowd, todo, bodies, server.pid, best, texts)
         if args.half:
             fresh = asks(folder, args.half, args.longest_prompt, args.longest_answer, seed=6)
-            pace = 0.5 * rate / (sum(a.tokens for a in fresh) / len(fresh))
+            pace = 0.5 * report["server_tok_s"] / (sum(a.tokens for a in fresh) / len(fresh))
             told = asyncio.run(poisson(port, [a.body("m") for a in fresh], pace))
             report["half"] = latencies(told)
             say(f"half      {len(fresh)} requests, {pace:.1f} a second: {_said(report['half'])}")
-        report["chaos"] = chaos(crowd, bodies, args, limit["texts"])
+        if args.abort:
+            report["chaos"] = chaos(crowd, bodies, args, texts)
         if args.minutes:
             report["memory"] = memory(server.pid, crowd, bodies, args)
     finally:
@@ -304,6 +213,41 @@ def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         code = server.wait(60)
     say(f"SIGTERM   exit code {code}")
     return report | {"exit_code": code}
+
+
+def full(
+    crowd: Crowd, todo: list[Ask], bodies: list[bytes], pid: int, best: float, texts: list[str]
+) -> dict[str, Any]:
+    """All clients at once, in two halves; the better rate counts, as it does offline."""
+    told, rates, took = [], [], 0.0
+    before, spent = counters(crowd.port), cores(pid)
+    for part in halves(len(todo)):
+        some, seconds = crowd.ask(bodies[part], {})
+        told += some
+        took += seconds
+        rates.append(sum(a.tokens for a in todo[part]) / seconds)
+    passes = {name: value - before[name] for name, value in counters(crowd.port).items()}
+    shares = {name: (value - spent.get(name, 0.0)) / took for name, value in cores(pid).items()}
+    rate, equal = max(rates), sum(t.text == text for t, text in zip(told, texts, strict=True))
+    say(f"full      {rate:8.1f} tok/s  {1 - rate / best:+.1%} overhead, {equal} of {len(told)} answers equal")
+    say(f"          {_said(latencies(told))}")
+    say(f"          {_passes(passes)}; cores: {', '.join(f'{n} {s:.2f}' for n, s in shares.items())}")
+    report = {"server_tok_s": rate, "overhead": 1 - rate / best, "equal": equal, "full": latencies(told)}
+    return report | {"rates": rates, "passes": passes, "cores": shares}
+
+
+def counters(port: int) -> dict[str, float]:
+    time.sleep(0.05)  # the last pass's figures come just after its tokens
+    return {name: metric(port, f"quantmill_{name}_total") for name in FIGURES}
+
+
+def _passes(found: dict[str, float]) -> str:
+    passes = max(1.0, found["passes"])
+    return (
+        f"{passes:.0f} passes of {1e3 * found['busy_seconds'] / passes:.2f} ms, "
+        f"{found['answer_tokens'] / passes:.1f} answers and "
+        f"{found['prompt_tokens'] / passes:.1f} prompt tokens each"
+    )
 
 
 def chaos(crowd: Crowd, bodies: list[bytes], args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
@@ -370,7 +314,7 @@ def mistral(folder: Path) -> None:
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    print(f"{time.perf_counter() - BEGAN:6.1f}  {line}", flush=True)
 
 
 def main() -> None:
@@ -383,12 +327,17 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--longest-prompt", type=int, default=512)
     parser.add_argument("--longest-answer", type=int, default=128)
-    parser.add_argument("--abort", type=float, default=0.2)
+    parser.add_argument("--abort", type=float, default=0.2, help="share of cut answers; 0: no chaos")
     parser.add_argument("--alone", type=int, default=50)
     parser.add_argument("--half", type=int, default=200, help="requests of the Poisson round; 0: none")
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--engine", choices=("thread", "process"), help="where the server's engine runs")
+    parser.add_argument(
+        "--engine",
+        choices=("thread", "process"),
+        nargs="+",
+        help="where the server's engine runs; both: in turn",
+    )
     parser.add_argument(
         "--processes", type=int, default=max(1, (os.cpu_count() or 1) // 4), help="of the clients"
     )

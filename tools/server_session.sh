@@ -14,8 +14,6 @@ folder.mkdir(parents=True, exist_ok=True)
 serve_load.mistral(folder)
 PY
 cd benchmarks || exit 1
-for way in process thread; do
-  timeout 110 python3 serve_load.py "$folder" --device cuda --engine $way --requests 384 --longest-prompt 512 \
-    --longest-answer 256 --half 160 --alone 4 --log "$TMPDIR/served_$way.log"
-done
+timeout 150 python3 serve_load.py "$folder" --device cuda --engine process thread --requests 256 \
+  --longest-prompt 512 --longest-answer 256 --half 100 --alone 4 --log "$TMPDIR/served.log"
 timeout 90 python3 engine_passes.py "$folder" --device cuda
