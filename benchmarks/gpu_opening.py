@@ -1,6 +1,6 @@
 """Seconds from the start of a process to a model's first token on the GPU, part by part, and the memory it takes.
 
-    python benchmarks/gpu_opening.py FOLDER [--context 8192] [--rounds 3]
+    python benchmarks/gpu_opening.py FOLDER [--context 8192] [--rounds 3] [--early yes|no]
 
 Every round is a process of its own, as `quantmill generate` is; the folder is in the page cache after the first.
 The floor beside it: reading the folder's bytes once, by as many threads. Needs one NVIDIA GPU.
@@ -35,15 +35,17 @@ def read_seconds(folder: Path) -> float:
     return time.perf_counter() - begin
 
 
-def one_round(folder: Path, context: int) -> None:
+def one_round(folder: Path, context: int, early: str | None) -> None:
     """Import, open, first token; then a long prompt, for the memory it leaves taken."""
     marks = [time.perf_counter()]
     import torch
 
     marks.append(time.perf_counter())
+    from quantmill.runtime.gpu import weights
     from quantmill.runtime.gpu.decoder import GpuRuntime
     from quantmill.runtime.interface import PAGE, Piece
 
+    weights.EARLY = weights.EARLY if early is None else early == "yes"
     marks.append(time.perf_counter())
     torch.zeros(1, device="cuda").item()
     marks.append(time.perf_counter())
@@ -75,13 +77,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--early", choices=("yes", "no"), help="whether tensors are read ahead by threads")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.round:
-        one_round(asked.folder, asked.context)
+        one_round(asked.folder, asked.context, asked.early)
         return
     for _ in range(asked.rounds):
         command = [sys.executable, __file__, str(asked.folder), "--context", str(asked.context), "--round"]
+        command += [] if asked.early is None else ["--early", asked.early]
         print(f"reading alone {read_seconds(asked.folder):.2f} s;", end=" ", flush=True)
         subprocess.run(command, check=True)
 

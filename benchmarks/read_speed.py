@@ -3,10 +3,10 @@
     python benchmarks/read_speed.py [--gb 4] [--only Q4_0,Q4_1,Q8_0,AWQ] [--runs 3] [--folder DIR]
 
 Writes a .gguf file of one type and an AWQ folder with linears in the shapes of Mistral-7B, random codes, as many
-layers as give the size, and reads every linear with the readers that `quantmill` runs models with: headers, checks,
-the order of rows that llama.cpp keeps q and k in, codes repacked to GPTQ's words, float16 scales, zeros. Files lie in
-the page cache, one thread, median of the runs. Beside it in the same run the bound of this machine: copying the same
-bytes out of the page cache into new memory, piece by piece.
+layers as give the size, and reads every linear with the readers that `quantmill` runs models with: headers,
+checks, the order of rows that llama.cpp keeps q and k in, codes repacked to GPTQ's words, float16 scales, zeros.
+Files lie in the page cache, one thread, median of the runs. Beside it in the same run the bound of this machine:
+copying the same bytes out of the page cache into new memory, piece by piece.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def main() -> None:
     torch.set_num_threads(1)
     numba.set_num_threads(1)
     print(
-        f"one thread, median of {args.runs}\n{'layout':<8}{'file, GB':>10}{'repacked, GB/s':>16}{'copied, GB/s':>14}"
+        f"one thread, median of {args.runs}\n"
+        f"{'layout':<8}{'file, GB':>10}{'repacked, GB/s':>16}{'copied, GB/s':>14}"
     )
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         for layout in args.only.split(","):

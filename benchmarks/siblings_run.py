@@ -1,14 +1,14 @@
 """One quantised model in every container: the same tokens as its dequantised weights, and at what speed.
 
-    python benchmarks/siblings_run.py FOLDER [--device cuda] [--more FOLDER_OR_FILE ...] [--threads 2] [--hf]
-        [--only gptq,awq]
+    python benchmarks/siblings_run.py FOLDER [--device cuda] [--more FOLDER_OR_FILE ...] [--threads 2]
+        [--only gptq,awq] [--show tokens,speed,hf]
 
 FOLDER: a GPTQ folder, 4 bits, symmetric, groups of 32 n in order. It is converted to AWQ, compressed-tensors and
 GGUF, and each runs on the fast runtime of the device. Tokens: three prompts, 48 tokens each, greedy, read back by
 the reference (the folder's dequantised weights in float32 through Transformers): how many are its first choice,
 and by how much it preferred another where not. Speed: a prompt of 512 tokens and 64 more, in turn, medians;
-ratios to the GPTQ folder's. --more: further models, compared with their own dequantised weights. --hf: GPTQ and
-AWQ once more through plain Transformers after quantmill.hf.register().
+ratios to the GPTQ folder's. --more: further models, compared with their own dequantised weights. --show hf:
+GPTQ and AWQ once more through plain Transformers after quantmill.hf.register().
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -53,11 +53,15 @@ def reference(folder: Path, device: str) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "config.json").write_text(json.dumps(facts))
         config = AutoConfig.from_pretrained(name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     packed = opened.quantized_modules()
     suffixes = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape")
     state = {n: opened.load(n).float() for n in opened.tensors if n.rpartition(".")[2] not in suffixes}
-    state |= {f"{m}.weight": dequantize(opened.packed(m), torch.float32) for m in packed}
+    for module in packed:
+        linear = opened.packed(module)
+        there = {n: getattr(linear, n).to(device) for n in ("qweight", "qzeros", "scales", "g_idx")}
+        state[f"{module}.weight"] = dequantize(replace(linear, **there), torch.float32)
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert missing in ([], ["lm_head.weight"]), missing
     model.tie_weights()
@@ -118,23 +122,26 @@ def through_transformers(places: dict[str, Path], prompts: list[list[int]], devi
         for name, place in places.items()
     }
     speeds: dict[str, list[float]] = {name: [] for name in models}
-    for name, model in models.items():
-        twin = reference(places[name], device)
-        lost = torch.cat([behind(twin, prompt, generated(model, prompt, NEW)) for prompt in prompts])
-        same, worst = int((lost == 0).sum()), float(lost.max())
-        print(
-            f"hf {name:<17} {same}/{len(lost)} tokens are the reference's, worst by {worst:.3f}", flush=True
-        )
-        del twin
-    for _ in range(3):
+    outs: dict[str, list[list[int]]] = {name: [] for name in models}
+    for model in models.values():
+        generated(model, prompts[0], 4)  # compiled
+    for prompt in prompts:
         for name, model in models.items():
             began = time.perf_counter()
-            generated(model, prompts[0], NEW)
+            outs[name].append(generated(model, prompt, NEW))
             speeds[name].append(NEW / (time.perf_counter() - began))
     first = next(iter(speeds.values()))
     for name, seen in speeds.items():
+        twin = reference(places[name], device)
+        lost = torch.cat([behind(twin, *pair) for pair in zip(prompts, outs[name], strict=True)])
+        same, worst = int((lost == 0).sum()), float(lost.max())
         ratio = median(a / b for a, b in zip(seen, first, strict=True))
-        print(f"hf {name:<17} {median(seen):7.1f} tok/s ({ratio:.2f} of GPTQ's)", flush=True)
+        print(
+            f"hf {name:<17} {same}/{len(lost)} tokens are the reference's, worst by {worst:.3f}; "
+            f"{median(seen):.1f} tok/s ({ratio:.2f} of GPTQ's)",
+            flush=True,
+        )
+        del twin
 
 
 def generated(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
@@ -160,11 +167,11 @@ def main() -> None:
     parser.add_argument("--more", type=Path, nargs="*", default=[])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--speed-only", action="store_true")
+    parser.add_argument("--show", default="tokens,speed", help="of tokens, speed, hf")
     parser.add_argument("--to", default="awq,compressed-tensors,gguf", help="what the folder is converted to")
     parser.add_argument("--only", help="of all these, the ones to run: names as printed")
-    parser.add_argument("--hf", action="store_true", help="GPTQ and AWQ through plain Transformers, too")
     asked = parser.parse_args()
+    shown = asked.show.split(",")
     tokenizer = AutoTokenizer.from_pretrained(asked.folder)
     prompts = [tokenizer(p).input_ids for p in PROMPTS]
     with tempfile.TemporaryDirectory() as name:
@@ -178,15 +185,16 @@ def main() -> None:
         models = []
         for named, place in places.items():
             models.append(opened(named, place, work, asked))
-            if not asked.speed_only:
+            if "tokens" in shown:
                 twin = reference(models[-1].folder, asked.device)
                 print(f"{named:<20} {tokens_agree(models[-1], twin, prompts)}", flush=True)
                 del twin
-        for _ in range(REPEATS + 1):
+        for _ in range(REPEATS + 1 if "speed" in shown else 0):
             for model in models:
                 timed(model)
-        show_speeds(models)
-        if asked.hf:
+        if "speed" in shown:
+            show_speeds(models)
+        if "hf" in shown:
             folders = {n: p for n, p in places.items() if n in ("gptq", "awq")}
             through_transformers(folders, prompts, asked.device)
 

@@ -72,6 +72,14 @@ def resolve(
     return _from_hub(name, branch, files)
 
 
+def gguf_file(source: str) -> Path | None:
+    """The `.gguf` file on this disk that is meant: itself, or the only model of a folder. None: another kind."""
+    if (path := _local(source)) is None:
+        return None
+    file = _only_gguf(path) or path
+    return file if file.is_file() and file.suffix.lower() == ".gguf" else None
+
+
 def _local(source: str) -> Path | None:
     """The folder or file that is meant; a branch of a folder may be missing there. None: nothing on this disk."""
     path = Path(source).expanduser()

@@ -11,9 +11,11 @@ import torch
 from gptq_models import write_quantized
 from quantmill.checkpoint import open_checkpoint
 from quantmill.convert import TARGETS, convert
+from quantmill.doctor import check
 from quantmill.errors import BadCheckpoint, BadRequest, UnsupportedModel
 from quantmill.formats.dialects import Layout
 from quantmill.formats.gptq import dequantize
+from quantmill.manifest import write_manifest
 from quantmill.types import ActOrder, CheckpointFormat, QuantConfig
 from tiny_models import byte_level_tokenizer, tiny_model
 
@@ -54,6 +56,18 @@ def test_folders_hold_the_same_values(tmp_path: Path, config: QuantConfig, to: s
         assert torch.equal(opened.load(name), plain.load(name))
     for companion in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / companion).read_bytes() == (source / companion).read_bytes()
+
+
+def test_what_was_said_of_the_files_as_they_were_is_not_taken_along(tmp_path: Path) -> None:
+    """Hashes of the source would call the new weights damaged."""
+    source = make(tmp_path / "source", SYM)
+    write_manifest(source)
+    (source / "check_report.json").write_text("{}")
+    convert(source, "gptq_v2", tmp_path / "out", silent)
+    assert not (tmp_path / "out" / "check_report.json").exists()
+    report = check(tmp_path / "out")
+    assert report.ok
+    assert any(f.where == "SHA256SUMS" and "hashes" in f.message for f in report.findings)
 
 
 @pytest.mark.parametrize("to", ["awq", "compressed-tensors"])

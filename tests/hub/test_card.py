@@ -107,6 +107,7 @@ def test_the_table_says_what_the_reports_say(repository):
         "gptq-8bit-32g-actorder_True",
     ]
     for name, row in rows.items():
+        assert row.pop("Desc").startswith(f"{row['Bits']} bits, groups of {row['GS']}, act order")
         report = json.loads((repository / name / "eval_report.json").read_text())
         made = json.loads((repository / name / "quantize_report.json").read_text())
         quant = json.loads((repository / name / "quantize_config.json").read_text())

@@ -85,6 +85,19 @@ def test_llama_cpp_loads_a_converted_file_and_cuts_text_alike(tmp_path: Path, fa
     text = "the cat sat on 12 mats"
     count = llama_cpp(path, "complete", text).split()[0]
     assert int(count) == len(byte_level_tokenizer()(text).input_ids)
+    assert check(path).loaders["llama.cpp"] == "yes"
+
+
+def test_llama_cpp_refuses_what_check_says_it_does(tmp_path: Path) -> None:
+    """A file whose last block lacks a tensor: the table names one that is not there."""
+    quantised(tmp_path / "model", QuantConfig(4, 32), "mistral")
+    path = convert(tmp_path / "model", "gguf:Q4_0", tmp_path / "m.gguf", lambda *_: None).path
+    raw = path.read_bytes()
+    assert raw.count(b"blk.1.ffn_up.weight") == 1
+    path.write_bytes(raw.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    assert "blk.1.ffn_up.weight" in check(path).loaders["llama.cpp"]
+    with pytest.raises(AssertionError):
+        llama_cpp(path, "complete", "the cat")
 
 
 @pytest.mark.slow
@@ -127,6 +140,7 @@ def test_llama_cpp_loads_the_mixes_of_the_family(tmp_path: Path) -> None:
     variants = tuple(Variant(m, QuantConfig(4, 32), f"gguf:{m}") for m in mixes)
     job = Job(tmp_path / "source", "some/Model", tmp_path / "out", variants, data)
     for done in quantize(job, lambda _: None):
+        assert check(next(done.folder.glob("*.gguf"))).loaders["llama.cpp"] == "yes"
         answer = llama_cpp(next(done.folder.glob("*.gguf")), "complete", "the cat sat")
         assert int(answer.split()[0]) == len(byte_level_tokenizer()("the cat sat").input_ids)
 

@@ -114,5 +114,7 @@ def test_scales_that_fold_into_float16_are_exact() -> None:
 
 def test_sizes_that_do_not_fit_are_refused_before_the_work(source: Path, tmp_path: Path) -> None:
     bad = Variant("awq", QuantConfig(4, 40, sym=False), "awq")
-    with pytest.raises(UnsupportedModel, match="groups of 40 do not divide its 64 inputs"):
+    with pytest.raises(
+        UnsupportedModel, match="groups of 40 do not divide its 64 inputs: use --group-size 64"
+    ):
         make(source, tmp_path, bad)

@@ -160,3 +160,9 @@ def test_names() -> None:
     with pytest.raises(UnsupportedModel, match="no GGUF type or mix 'Q9'"):
         mix_name("Q9")
     assert all(formats.TYPES[m.base] for m in MIXES.values())
+
+
+def test_a_family_that_gguf_files_are_not_written_for_is_refused_before_the_work() -> None:
+    config = tiny_model("llama").config.to_dict() | {"model_type": "gemma3_text"}
+    with pytest.raises(UnsupportedModel, match="not for 'gemma3_text' models"):
+        tensor_types(config, "Q4_K_M")

@@ -29,10 +29,10 @@ def check(
     """Examine a quantised folder: tensors, configs, zero points, companions, and who can load it."""
     from quantmill.commands.describing import check_to_json, mend
     from quantmill.doctor import check as examine
-    from quantmill.sources import resolve
+    from quantmill.sources import gguf_file, resolve
 
     console = Console(as_json)
-    folder = resolve(model, notify=console.note, run=True)
+    folder = gguf_file(model) or resolve(model, notify=console.note, run=True)
     if fix:
         mend(folder, base, console)
     report = examine(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantmill import __version__
+from quantmill import __version__, manifest
 from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadRequest, UnsupportedModel
 from quantmill.files import atomic_folder, write_json
@@ -21,7 +21,8 @@ from quantmill.types import ActOrder, CheckpointFormat, Json, PackedLinear, Quan
 from quantmill.weights import save_tensors
 
 Advance = Callable[[int, str], None]
-NOT_COPIED = ("config.json", "quantize_config.json")
+# Written anew, or said of the files as they were.
+NOT_COPIED = ("config.json", "quantize_config.json", manifest.NAME, "check_report.json")
 WEIGHT_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf")
 
 
@@ -53,6 +54,7 @@ def write_folder(
         if row.quantize_config:
             write_json(folder / "quantize_config.json", quant)
         copy_companions(checkpoint.folder, folder)
+        manifest.write_manifest(folder)
     return out, _notes(checkpoint, to)
 
 

@@ -178,7 +178,7 @@ def manifest_findings(folder: Path) -> Iterator[Finding]:
         return
     found = {n: manifest.sha256_of(p) for n, p in manifest.files_of(folder).items() if n in sums}
     changed = manifest.differing(sums, found)
-    weights = [n for n in changed if n.endswith(".safetensors")]
+    weights = [n for n in changed if n.endswith((".safetensors", ".gguf"))]
     others = [n for n in changed if n not in weights]
     if weights:
         yield error(

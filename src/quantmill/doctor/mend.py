@@ -54,6 +54,8 @@ def fix(folder: Path, base: Path | None = None) -> Mended:
     Raises SourceNotFound, BadRequest (a shared cache), and BadCheckpoint and UnsupportedModel for a folder that
     cannot be opened.
     """
+    if folder.is_file() and folder.suffix.lower() == ".gguf":
+        raise BadRequest(f"{folder.name} is a .gguf file, which is not mended: make it or fetch it again")
     if not folder.is_dir():
         raise SourceNotFound(f"{folder} is no folder: give a folder with config.json and *.safetensors")
     folder = Path(os.path.realpath(folder))

@@ -141,6 +141,17 @@ def unpack(kind: BlockType, raw: Bytes) -> Blocks:
     return Blocks(codes, halves["d"], halves.get("m"), fields.get("scales"), fields.get("mins"))
 
 
+def halves(kind: BlockType, raw: Bytes) -> list[NDArray[np.float16]]:
+    """The float16 fields of blocks, d and m where there is one, (B,) each: raw (B, nbytes) uint8, codes unread."""
+    found, at = [], 0
+    for part in kind.parts:
+        nbytes = _part_bytes(part, kind.block)
+        if not isinstance(part, Plane) and part not in _SCALES:
+            found.append(np.ascontiguousarray(raw[:, at : at + nbytes]).view(np.float16)[:, 0])
+        at += nbytes
+    return found
+
+
 def pack(kind: BlockType, blocks: Blocks) -> Bytes:
     """Undo `unpack`: raw (B, nbytes) uint8. Nothing is rounded."""
     codes = blocks.codes ^ np.uint8(0x80) if kind.name == "Q8_0" else blocks.codes

@@ -26,6 +26,7 @@ Candidate = tuple[str, Tensor]  # in words, s (K,) float32
 STRENGTHS = ((0.2, 0.5), (0.2, 1.0), (0.4, 0.5), (0.4, 1.0))  # a, and the power of s; besides, no scaling
 NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}  # what feeds a group
 UP = "mlp.up_proj"  # what feeds "down", channel by channel
+GROUPS = (128, 64, 32)  # what readers of AWQ take
 LIMIT = 2.0**8  # a scale further from 1 says that a channel is dead
 
 
@@ -83,7 +84,9 @@ def refusal(config: QuantConfig, in_features: int, out_features: int) -> str | N
     if config.act_order is ActOrder.GROUPED:
         return "its groups would follow an act order (g_idx): leave --grouped out"
     if in_features % size:
-        return f"groups of {size} do not divide its {in_features} inputs: use another --group-size"
+        fits = next((g for g in GROUPS if in_features % g == 0), None)
+        cure = f"use --group-size {fits}" if fits else "leave --format awq out"
+        return f"groups of {size} do not divide its {in_features} inputs: {cure}"
     if out_features % 8:
         return f"its {out_features} outputs are no multiple of 8"
     return None

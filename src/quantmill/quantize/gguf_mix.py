@@ -101,9 +101,14 @@ def mix_name(name: str) -> str:
 
 
 def tensor_types(config: Json, name: str) -> dict[str, BlockType]:
-    """Type of every linear of the blocks, of `lm_head` and of `model.embed_tokens`, by module name."""
-    from quantmill.architectures import linear_shapes
+    """Type of every linear of the blocks, of `lm_head` and of `model.embed_tokens`, by module name.
 
+    Raises UnsupportedModel for a mix, or a family of models, that GGUF files are not written for.
+    """
+    from quantmill.architectures import linear_shapes
+    from quantmill.gguf_target import architecture
+
+    architecture(config)  # refused now, not when all blocks are solved
     mix, sizes = MIXES[mix_name(name)], dimensions(config)
     types = {}
     for layer in range(sizes.layers):

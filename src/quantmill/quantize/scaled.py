@@ -49,7 +49,7 @@ class Grouping:
         """(N, K) -> (N, groups)."""
         if self.side:
             padded = nn.functional.pad(columns, (0, self.groups * self.side - len(self.of)))
-            return padded.unflatten(1, (self.groups, self.side)).sum(-1)
+            return padded.reshape(len(columns), self.groups, self.side).sum(-1)
         return columns.new_zeros(len(columns), self.groups).index_add_(1, self.of, columns)
 
 

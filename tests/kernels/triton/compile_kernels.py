@@ -91,7 +91,7 @@ def wide(tiled: TiledLinear, rows: int, dtype: torch.dtype):
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     lines = repr(gl.NVMMASharedLayout(128, 16, 2))
     x = f"tensordesc<{name}[{cut.rows}, {tuning.STEP}],{lines}>"
-    y = f"tensordesc<{name}[{cut.rows}, {16 * cut.warps}],{lines}>"
+    y = f"tensordesc<{name}[{min(cut.rows, 64)}, {16 * cut.warps}],{lines}>"
     types = {"x": x, "y": y, "words": "*i16", "scales": "*i16", "zeros": "*i16"}
     extra = {"HAS_BIAS": True, "PDL": True}
     return compiled(wide_kernel, linear._wide_constants(tiled, dtype, cut) | extra, 90, types)

@@ -73,7 +73,7 @@ def compiled(
             kinds[name] = "*i32"
         elif name in HALVES:
             kinds[name] = "*fp16"
-        elif name in ("keys", "values"):
+        elif name in ("keys", "values", "next_keys", "next_values"):
             kinds[name] = "*u8" if fp8 else "*" + dtype
         elif name in ACTIVATIONS:
             kinds[name] = "*" + dtype
@@ -101,6 +101,7 @@ def main() -> None:
                 "HAS_ORDER": False,
                 "POSTED": early and dtype == "fp16",
                 "PACK": 4,
+                "NEXT": early and dtype == "fp16",
                 "WRITES": True,
                 "AHEAD": 2,
                 "PDL": early,

@@ -62,6 +62,11 @@ def many_product(x: Tensor, linear: RunnableLinear) -> Tensor:
     return dense_product(x, linear.tiled) if cut is None else wide_product(x, linear, cut)
 
 
+def goes_wide(x: Tensor, linear: RunnableLinear) -> bool:
+    """Whether `many_product` makes no dense copy for x."""
+    return _wide_cut(x, linear) is not None
+
+
 def _wide_cut(x: Tensor, linear: RunnableLinear) -> WideCut | None:
     """How the kernel for many rows takes x; None: it cannot, it is slower, or it was wrong where it was tried."""
     t = linear.tiled
@@ -272,7 +277,7 @@ def _wide_call(x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | No
     arguments = (
         _blocks_of(x, cut.rows, tuning.STEP), t.words.view(halves), t.scales.view(halves),
         (none if t.zeros is None else t.zeros).view(halves), none if t.bias is None else t.bias,
-        _blocks_of(y, cut.rows, TILE * cut.warps), sums, linear.arrived, x.shape[0], t.out_features,
+        _blocks_of(y, min(cut.rows, 64), TILE * cut.warps), sums, linear.arrived, x.shape[0], t.out_features,
         share.tiles, share.shared,
     )  # fmt: skip
     options = _wide_constants(t, x.dtype, cut) | {"PDL": early} | ({"launch_pdl": True} if early else {})
@@ -301,7 +306,7 @@ def _wide_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[st
         "BT": cut.rows,
         "REPS": cut.tiles,
         "AHEAD": units,
-        "DEPTH": units if cut.rows < 128 else max(1, units // 2),  # registers are short with many rows
+        "DEPTH": max(1, units // 2) if cut.rows == 128 else units,  # registers are short there
         "PIECES": cut.pieces,
         "OPEN": cut.open,
         "num_warps": cut.warps,

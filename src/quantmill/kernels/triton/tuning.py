@@ -27,7 +27,8 @@ ROWS_OF_X = (2, 8, 16, 32)
 MOST_FEW = 128  # up to so many rows go there, and a row's bits do not depend on how many
 SAME_BITS = "QUANTMILL_SAME_BITS"  # so many rows, 32 unless set; above, the kernel for many rows goes first
 MOST_STAGED = 64 << 10  # bytes of x in shared memory, by rule: fits every GPU
-WIDE_ROWS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # entries of the kernel for many rows
+# entries of the kernel for many rows
+WIDE_ROWS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 MOST_WIDE = {2: 4096, 3: 4096, 4: 4096, 8: 512}  # by bits: rows that it takes where nothing was measured
 MOST_SHARED = 1024  # tiles that several programs share
 STEP, TURN = 64, 256  # columns that it takes at once, and that it has asked for
@@ -100,15 +101,27 @@ def cut_for(linear: TiledLinear, rows_of_x: int) -> Cut:
 
 
 def wide_cut(linear: TiledLinear, rows_of_x: int) -> WideCut | None:
-    """The measured cut of the kernel for many rows, else the rule's; None: a dense copy is faster, or must be."""
+    """The measured cut of the kernel for many rows, else the rule's; None: a dense copy is faster, or must be.
+
+    Where this kind of linear was not measured, another of the same shape will do: bits change the cut little.
+    """
     if not wide_takes(linear):
         return None
-    entry = measured(linear)
-    block = next((b for b in WIDE_ROWS if rows_of_x <= b), WIDE_ROWS[-1])
-    if entry is not None and str(block) in entry.get("wide", {}):
-        found = entry["wide"][str(block)]
-        return None if found is None else WideCut(*found)
-    return rule_wide(linear, rows_of_x) if rows_of_x <= MOST_WIDE[linear.shape.bits] else None
+    block = str(next((b for b in WIDE_ROWS if rows_of_x <= b), WIDE_ROWS[-1]))
+    own = (measured(linear) or {}).get("wide", {})
+    if block not in own:
+        if rows_of_x > MOST_WIDE[linear.shape.bits]:
+            return None
+        own = _same_shape(linear)
+    if block not in own:
+        return rule_wide(linear, rows_of_x)
+    return None if own[block] is None else WideCut(*own[block])
+
+
+def _same_shape(linear: TiledLinear) -> Json:
+    """The cuts of the kernel for many rows that were measured for a linear of other bits or groups."""
+    table, end = _table(device_name(linear.words.device)), _end_of_key(linear)
+    return next((e["wide"] for key, e in table.items() if key.endswith(end) and "wide" in e), {})
 
 
 def wide_takes(linear: TiledLinear) -> bool:
@@ -175,7 +188,11 @@ def key_of(linear: TiledLinear) -> str:
     shape = linear.shape
     zeros = "" if linear.zeros is None else "z"
     group = -1 if linear.groups == 1 else shape.group
-    return f"{shape.bits}b-{group}g{zeros}-{linear.columns}x{linear.out_features}"
+    return f"{shape.bits}b-{group}g{zeros}{_end_of_key(linear)}"
+
+
+def _end_of_key(linear: TiledLinear) -> str:
+    return f"-{linear.columns}x{linear.out_features}"
 
 
 def processors(device: torch.device) -> int:

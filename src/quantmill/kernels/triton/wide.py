@@ -214,7 +214,7 @@ def wide_kernel(
     scales,  # (tiles, groups, 8, 2) int16: float16
     zeros,  # the same; not read unless HAS_ZERO
     bias,  # (N,) float16; not read unless HAS_BIAS
-    y,  # descriptor of (M, N) as x in blocks of (BT, 16 * WARPS)
+    y,  # descriptor of (M, N) as x in blocks of (min(BT, 64), 16 * WARPS)
     sums,  # (2 * programs, rows, BT) float32; not touched unless SHARED
     arrived,  # (SHARED,) int32 zeros, zeros again afterwards
     M,
@@ -285,8 +285,8 @@ def wide_kernel(
         held = held + (gl.allocate_shared_memory(KIND, [BT, 64], LINES),)
         full = full + (gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),)
         mbarrier.init(full[s], count=1)
-    for _ in gl.static_range(REPS):
-        outs = outs + (gl.allocate_shared_memory(KIND, [BT, WARPS * 16], LINES),)
+    for _ in gl.static_range(REPS * (BT // PART)):
+        outs = outs + (gl.allocate_shared_memory(KIND, [PART, WARPS * 16], LINES),)
     tile, block, block_x, k = _turn(0, mine, streamed, share, total, programs, p, blocks_of_x, TURNS)
     first_tile = (block * (WARPS * REPS)).to(gl.int64)
     words_at = words + (first_tile * UNITS + k * AHEAD) * (WORDS * 256)
@@ -392,11 +392,17 @@ def wide_kernel(
             tma.store_wait(0)
             barrier()  # what was written before has left
             for r in gl.static_range(REPS):
-                o = out[r]
-                if HAS_BIAS:
-                    n = block * ROWS + r * (WARPS * 16) + gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC))
-                    o += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-                outs[r].permute((1, 0)).store(o.to(KIND))
+                pieces = _pieces(out[r], WARPS * 16, BT, BT // PART)
+                for c in gl.static_range(BT // PART):
+                    o = gl.convert_layout(pieces[c], ACC_PART, assert_trivial=True)
+                    if HAS_BIAS:
+                        n = (
+                            block * ROWS
+                            + r * (WARPS * 16)
+                            + gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC_PART))
+                        )
+                        o += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+                    outs[r * (BT // PART) + c].permute((1, 0)).store(o.to(KIND))
         else:
             # 64 rows of x at a time: registers are short
             F: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
@@ -436,11 +442,13 @@ def wide_kernel(
                                 + gl.arange(0, WARPS * 16, gl.SliceLayout(1, ACC_PART))
                             )
                             o += gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-                        outs[r].slice(c * PART, PART, 0).permute((1, 0)).store(o.to(KIND))
+                        outs[r * (BT // PART) + c].permute((1, 0)).store(o.to(KIND))
         if done:
             fence_async_shared()
             barrier()
             for r in gl.static_range(REPS):
-                store_tile(y, [block_x * BT, block * ROWS + r * (WARPS * 16)], outs[r])
+                for c in gl.static_range(BT // PART):
+                    to_y = [block_x * BT + c * PART, block * ROWS + r * (WARPS * 16)]
+                    store_tile(y, to_y, outs[r * (BT // PART) + c])
         tile, block, block_x, k = _turn(turn, mine, streamed, share, total, programs, p, blocks_of_x, TURNS)
     tma.store_wait(0)

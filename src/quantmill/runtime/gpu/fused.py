@@ -76,7 +76,8 @@ def fused_states(model: Model, tokens: Tensor, attention: Attention) -> tuple[Te
         qkv = torch.empty(rows, projection.outputs, dtype=kind, device=device)
         _product(x, _linear(projection), Plain(qkv), norm=_norm(norm, squares, hidden))
         mixed = _buffer(model, rows, block.output)
-        attention(qkv, model.heads[i], model.caches[i], block.output.place_of, mixed)
+        after = model.caches[i + 1] if i + 1 < len(model.caches) else None
+        attention(qkv, model.heads[i], model.caches[i], block.output.place_of, mixed, after)
         norm, projection = model.fused[2 * i + 1], block.gate_up
         x = _buffer(model, rows, projection)
         end = Residual(residual, x, norm.gain, squares, projection.place_of, 1.0, norm.scale)

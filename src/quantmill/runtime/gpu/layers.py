@@ -39,10 +39,16 @@ class Model:
 
 class Attention(Protocol):
     """Fills `out` (rows, places) from `qkv` and gives it, or a tensor like it; keys and values of the rows are in
-    the cache afterwards."""
+    the cache afterwards. `following`: the next layer's cache, if it is known."""
 
     def __call__(
-        self, qkv: Tensor, heads: Heads, cache: LayerCache, places_of: Tensor | None, out: Tensor
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: LayerCache,
+        places_of: Tensor | None,
+        out: Tensor,
+        following: LayerCache | None = None,
     ) -> Tensor: ...
 
 
@@ -128,11 +134,19 @@ class RowsAttention:
     alone: bool  # no two rows are of one sequence: keys are written on the way
 
     def __call__(
-        self, qkv: Tensor, heads: Heads, cache: LayerCache, places_of: Tensor | None, out: Tensor
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: LayerCache,
+        places_of: Tensor | None,
+        out: Tensor,
+        following: LayerCache | None = None,
     ) -> Tensor:
         if not self.alone:
             ops.write_cache(qkv, heads, cache, self.rows)
-        ops.attend_rows(qkv, heads, cache, self.rows, self.scratch, places_of, out, writes=self.alone)
+        ops.attend_rows(
+            qkv, heads, cache, self.rows, self.scratch, places_of, out, writes=self.alone, following=following
+        )
         return out
 
 
@@ -146,7 +160,13 @@ class PieceAttention:
     by_torch: bool  # where torch's attention can
 
     def __call__(
-        self, qkv: Tensor, heads: Heads, cache: LayerCache, places_of: Tensor | None, out: Tensor
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: LayerCache,
+        places_of: Tensor | None,
+        out: Tensor,
+        following: LayerCache | None = None,
     ) -> Tensor:
         count = qkv.shape[0]
         if self.by_torch and prompts.can_attend(heads, cache, count, self.start):

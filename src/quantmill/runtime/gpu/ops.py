@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill.kernels.triton.tuning import shared_memory
+from quantmill.kernels.triton.tuning import same_bits_up_to, shared_memory
 from quantmill.runtime.gpu.launching import launch, power_of_two, starts_early
 from quantmill.runtime.gpu.tensors import Draws, Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.interface import PAGE
@@ -18,12 +18,16 @@ BLOCK = 128  # positions that a row's program takes at once, where a head has at
 LEAST = 1  # blocks of a part
 # rows of x, outputs, warps, and blocks in shared memory of a dense program; all step through K alike
 DENSE_SHAPES = ((16, 64, 4, 5), (32, 64, 4, 5), (64, 64, 4, 4), (128, 128, 8, 3))
-POSTED = False  # whether parts of a row wait for the others' words: has not run on a GPU as it is
-ROW_WARPS = 4  # of a row's program
+POSTED = True  # whether parts of a row wait for the others' words, where the GPU can
+ROW_WARPS = 8  # of a row's program: the best for one sequence ...
+MANY_WARPS = 4  # ... and for more rows than have the same bits in any batch
 ROW_REGISTERS = 0  # of a thread of it at most; 0: any number
 TILE_SHAPE = 4, 3
 LARGE = 120 << 10  # bytes of shared memory that a program of TILE_SHAPE may take
 AHEAD = 2  # blocks that a row's program asks for before it needs them
+NEXT = (
+    False  # whether one row's program asks for the next layer's first block, too: its speed is not measured
+)
 RING = 256  # tokens that are drawn before their places are used again
 HELD = 32768  # logits that a program which draws can hold
 CHUNK = 4096  # logits of one program that looks for the highest
@@ -198,16 +202,19 @@ def attend_rows(
     out: Tensor,
     *,
     writes: bool,
+    following: LayerCache | None = None,
 ) -> None:
     """out (rows, places) = every row's attention over its own text.
 
     writes: put the rows' keys and values into the cache, too; no two rows may then be of one sequence.
-    places_of: (heads * size,) int32, where an element of the result goes.
+    places_of: (heads * size,) int32, where an element of the result goes. following: the next layer's cache,
+    which is asked for on the way where that pays.
     """
     from quantmill.runtime.gpu.kernels.attention import rows_kernel
 
     number = rows.positions.shape[0]
     early = starts_early(qkv.device)
+    warps = ROW_WARPS if number <= same_bits_up_to() else MANY_WARPS
     rows_kernel[(PARTS, heads.kv, number)](
         qkv,
         qkv if heads.query_norm is None else heads.query_norm,
@@ -220,6 +227,7 @@ def attend_rows(
         rows.pages,
         out,
         rows.positions if places_of is None else places_of,
+        *((cache.keys, cache.values) if following is None else (following.keys, following.values)),
         scratch.sums,
         scratch.tops,
         scratch.turns,
@@ -236,11 +244,12 @@ def attend_rows(
         HAS_ORDER=places_of is not None,
         FP8=cache.key_scales is not None,
         POSTED=_posts(qkv.device),
-        PACK=_pack(heads),
+        PACK=_pack(heads, warps),
         WRITES=writes,
         AHEAD=AHEAD,
+        NEXT=NEXT and early and number == 1 and following is not None,
         PDL=early,
-        num_warps=ROW_WARPS,
+        num_warps=warps,
         num_stages=1,
         **launch(early, ROW_REGISTERS),
     )
@@ -379,9 +388,9 @@ def _posts(device: torch.device) -> bool:
     return POSTED and starts_early(device)
 
 
-def _pack(heads: Heads) -> int:
+def _pack(heads: Heads, warps: int) -> int:
     """Posted elements that a thread waits for at once: of two slices' worth of columns, what each thread has."""
-    return max(1, min(4, 2 * power_of_two(heads.group) * power_of_two(heads.size) // (32 * ROW_WARPS)))
+    return max(1, min(4, 2 * power_of_two(heads.group) * power_of_two(heads.size) // (32 * warps)))
 
 
 def _tile(heads: Heads) -> int:

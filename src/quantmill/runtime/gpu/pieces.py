@@ -1,11 +1,12 @@
 """Passes of one piece of many tokens (prompts). Knows no graph's making and no sampling.
 
-What a pass reads lies in one buffer on the GPU. Up to GRAPHED tokens the calls of a pass take longer than its work,
-so from a length's second pass on it is a CUDA graph, which serves several lengths: rows behind the last are filler.
+What a pass reads lies in one buffer on the GPU. The calls of a pass can take longer than its work, so from a
+length's second pass on it is a CUDA graph, which serves several lengths: rows behind the last token are filler.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 
@@ -20,9 +21,11 @@ from quantmill.runtime.gpu.steps import Steps
 from quantmill.runtime.gpu.tensors import Rows
 from quantmill.runtime.gpu.trial import torch_attends
 
+log = logging.getLogger(__name__)
+
 AT_ONCE = 2048  # tokens of one pass
-GRAPHED = 512  # tokens of the largest graph; 0: none
-FILLED = 64  # a graph serves this many lengths
+GRAPHED = 2048  # tokens of the largest graph; 0: none
+FILLED = ((512, 64), (GRAPHED, 256))  # up to so many tokens a graph serves this many lengths
 SOMEWHERE = 1 << 29  # a start for graphs that serve every start
 _SLOTS = 2  # inputs on their way at once
 
@@ -42,7 +45,7 @@ class Pieces:
         self._there = torch.zeros(size, dtype=torch.int32, device=device)
         self._zeros = torch.zeros(AT_ONCE, dtype=torch.int32, device=device)
         self._torch_is_right: bool | None = None  # not tried yet
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
         self._seen: Counter[tuple[int, bool]] = Counter()
 
     def states(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> Tensor:
@@ -53,20 +56,31 @@ class Pieces:
     def newest(self, tokens: Sequence[int], start: int, pages: Sequence[int]) -> Tensor:
         """Logits (1, vocab) after the last of at most AT_ONCE tokens."""
         count = len(tokens)
-        rows = -(-count // FILLED) * FILLED
-        if rows > GRAPHED or not self._steps.captures or self._model.team is not None:
+        if count > GRAPHED or not self._steps.captures or self._model.team is not None:
             self._send(tokens, start, pages, count)
             return self._last(count, start, self._torch_attends(count, start))
+        rows = _filled(count)
         key = rows, self._torch_attends(rows, start)
         self._send(tokens, start, pages, rows)
         self._seen[key] += 1
-        if self._seen[key] == 1:
+        if self._seen[key] > 1 and key not in self._graphs:
+            self._graphs[key] = self._captured(*key)
+        found = self._graphs.get(key)
+        if found is None:
             return self._last(rows, *_graphs_start(key[1]))
-        if key not in self._graphs:
-            self._graphs[key] = self._steps.capture(lambda: self._last(rows, *_graphs_start(key[1])))
-        graph, logits = self._graphs[key]
+        graph, logits = found
         graph.replay()
         return logits.clone()  # the next piece overwrites it
+
+    def _captured(self, rows: int, by_torch: bool) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        """A pass as a graph; None where it cannot be one."""
+        try:
+            made = self._steps.capture(lambda: self._last(rows, *_graphs_start(by_torch)))
+        except RuntimeError as failure:  # something of a pass does not let itself be captured here
+            log.warning("prompts of %d tokens do without a CUDA graph: %s", rows, failure)
+            return None
+        torch.cuda.empty_cache()  # what the same pass took without a graph
+        return made
 
     def close(self) -> None:
         """Let the graphs and their memory go."""
@@ -128,6 +142,12 @@ class Pieces:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._arrived[self._turn] = event
+
+
+def _filled(count: int) -> int:
+    """Rows of the graph for so many tokens."""
+    step = next(step for most, step in FILLED if count <= most)
+    return -(-count // step) * step
 
 
 def _graphs_start(by_torch: bool) -> tuple[int, bool]:

@@ -15,8 +15,14 @@ from torch import Tensor
 
 from quantmill.formats.bits import pack_words
 from quantmill.formats.gptq import unpack_zeros
-from quantmill.kernels.triton import tuning
-from quantmill.kernels.triton.linear import RunnableLinear, dense_weight, has_wide, many_product, matmul
+from quantmill.kernels.triton.linear import (
+    RunnableLinear,
+    dense_weight,
+    goes_wide,
+    has_wide,
+    many_product,
+    matmul,
+)
 from quantmill.kernels.triton.packing import TILE, tile
 from quantmill.runtime.gpu import ops
 from quantmill.types import CheckpointFormat, PackedLinear
@@ -83,9 +89,7 @@ class Part:
 
     def goes_wide(self, x: Tensor) -> bool:
         """Whether so many rows go straight from the codes, too."""
-        if self.packed is None or not has_wide(x.device):
-            return False
-        return tuning.wide_cut(self.packed.tiled, min(x.shape[0], WIDE_ROWS)) is not None
+        return self.packed is not None and goes_wide(x[:WIDE_ROWS], self.packed)
 
     def through_copy(self, x: Tensor) -> Tensor:
         """The same through a dense copy and the vendor's product."""

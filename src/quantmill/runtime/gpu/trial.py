@@ -19,7 +19,8 @@ from quantmill.runtime.interface import PAGE
 
 log = logging.getLogger(__name__)
 
-POSITIONS = (0, 63, 64, 5 * PAGE - 1, -1)  # the fourth is cut into parts; the last is no row
+# Three are cut into parts: a few, some, many; the last is no row.
+POSITIONS = (0, 63, 64, 5 * PAGE - 1, 9 * PAGE, 20 * PAGE - 1, -1)
 TILES = ((0, 20, 0, 0), (20, 16, 2 * PAGE + 3, 1))  # first row, rows, position, line of pages
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-3}
 FP8_TOLERANCE = 0.06  # a value between two of float8's may go either way
@@ -62,7 +63,7 @@ def torch_attends(heads: Heads, dtype: torch.dtype) -> bool:
 
 def _near(heads: Heads) -> Heads:
     """The same heads with a window and angles for the trial's positions."""
-    angles = torch.arange(6 * PAGE, device=heads.cosines.device)[:, None] * torch.linspace(
+    angles = torch.arange(20 * PAGE, device=heads.cosines.device)[:, None] * torch.linspace(
         1, 0.01, heads.size // 2, device=heads.cosines.device
     )
     window = 3 * PAGE if heads.window else 0
@@ -102,7 +103,7 @@ def _error(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 def _rows(heads: Heads, dtype: torch.dtype, fp8: bool) -> float:
     """Decoding: with the cache written on the way."""
-    count, per = len(POSITIONS), 6
+    count, per = len(POSITIONS), 20
     numbers = _ints(heads, *range(count))
     rows = Rows(
         numbers, _ints(heads, *POSITIONS), numbers, _ints(heads, *range(count * per)).view(count, per)

@@ -87,6 +87,7 @@ def attend_rows(
     out: Tensor,
     *,
     writes: bool,
+    following: LayerCache | None = None,
 ) -> None:
     """See ops.attend_rows. `scratch` is not touched."""
     if writes:

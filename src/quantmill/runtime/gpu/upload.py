@@ -19,8 +19,8 @@ from torch import Tensor
 
 BUFFER = 32 << 20  # bytes of one of two pinned buffers
 SMALL = 1 << 20  # what is smaller goes the ordinary way
-PIECE = 4 << 20  # bytes of one of many
-THREADS = 8
+PIECE = 8 << 20  # bytes of one of many
+THREADS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,10 @@ class EarlyUploader(Uploader):
         threads = min(THREADS, os.cpu_count() or 1)
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: SimpleQueue[_Buffer] = SimpleQueue()
-        pinned = torch.empty((threads + 4) * PIECE, dtype=torch.uint8, pin_memory=True)
+        pinned = torch.empty((threads + 3) * PIECE, dtype=torch.uint8, pin_memory=True)
         for piece in torch.split(pinned, PIECE):
             self._free.put(_Buffer(piece))
-        self._pool = ThreadPoolExecutor(threads)
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_stream, initargs=(self._side,))
         self._files: dict[Path, int] = {}
         self._coming: dict[tuple[int, int], _Coming] = {}
 
@@ -120,7 +120,7 @@ class EarlyUploader(Uploader):
         """Begin to send what will be asked for soon."""
         for stored in tensors:
             place = _place(stored.mapped)
-            if place not in self._coming and place[1]:
+            if place not in self._coming and place[1] >= SMALL:
                 self._coming[place] = self._begin(stored)
 
     def close(self) -> None:
@@ -149,16 +149,16 @@ class EarlyUploader(Uploader):
         """One piece, by a thread -> when it is there."""
         buffer = self._free.get()
         try:
-            with torch.inference_mode(), torch.cuda.stream(self._side):
-                if buffer.through is not None:
-                    buffer.through.synchronize()
+            if buffer.through is not None:
+                buffer.through.synchronize()
+            with torch.inference_mode():  # as the tensors were made
                 filled = buffer.bytes[: len(goal)]
                 _read(file, begin, filled.numpy().data)
                 self._side.wait_event(usable)
                 goal.copy_(filled, non_blocking=True)
-                buffer.through = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                buffer.through.record()
-                return buffer.through
+            buffer.through = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            buffer.through.record(self._side)
+            return buffer.through
         finally:
             self._free.put(buffer)
 

@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from quantmill.runtime.gpu.kernels.rotary import (
     as_stored,
     load_block,
+    prefetch_ahead,
     prefetch_block,
     rotated,
     store_vectors,
@@ -225,6 +226,8 @@ def rows_kernel(
     pages,  # (sequences, stride) int32
     out,  # (rows, places) as qkv
     places_of,  # (H * D,) int32: where an element goes; not read unless HAS_ORDER
+    next_keys,  # the next layer's, of the same pages; not touched unless NEXT
+    next_values,
     sums,  # (rows, KVH, parts, G, D) float32; POSTED: int64, a float32 and the number of a launch in each
     tops,  # (rows, KVH, parts, G, 2), likewise: maximum, sum
     turns_of,  # (rows, KVH) int32: POSTED: the number of the last launch in which this row had several parts;
@@ -251,6 +254,7 @@ def rows_kernel(
     PACK: tl.constexpr,  # POSTED: elements that a thread waits for at once
     WRITES: tl.constexpr,  # the row's own key and value are put into the cache here, else somebody has
     AHEAD: tl.constexpr,  # blocks asked for before they are needed, where PDL
+    NEXT: tl.constexpr,  # the next layer's keys and values are asked for, too, a block of each part
     PDL: tl.constexpr,
 ):
     """One program: the queries that share one key head, for one row, over one part of its text.
@@ -297,6 +301,11 @@ def rows_kernel(
                 ahead = (tl.load(line + later).to(tl.int64) * KVH + head) * PAGE
                 prefetch_block(keys, ahead, D, PAGE)
                 prefetch_block(values, ahead, D, PAGE)
+        if NEXT:
+            for page in tl.range(begin // PAGE, tl.minimum(tl.cdiv(end, PAGE), begin // PAGE + PER)):
+                ahead = (tl.load(line + page).to(tl.int64) * KVH + head) * PAGE
+                prefetch_ahead(next_keys, ahead, D, PAGE)
+                prefetch_ahead(next_values, ahead, D, PAGE)
         gdc_wait()
     number = tl.load(turns_of + row * KVH + head) + 1 if POSTED else position * 0
     source = qkv + row.to(tl.int64) * ((H + 2 * KVH) * D)

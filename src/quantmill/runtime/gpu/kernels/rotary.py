@@ -115,6 +115,22 @@ def prefetch_block(cache, first, D: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def prefetch_ahead(cache, first, D: tl.constexpr, N: tl.constexpr):
+    """The same by the copy engine, in one instruction of one thread (9.0)."""
+    at = (cache + first * D).to(tl.int64)
+    nbytes = (at * 0).to(tl.int32) + N * D * (cache.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [at, nbytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def prefetch_rows(matrix, rows, columns):
     """Ask for the first 512 bytes of some rows, as prefetch_block does."""
     LINE: tl.constexpr = 128 // (matrix.dtype.element_ty.primitive_bitwidth // 8)
