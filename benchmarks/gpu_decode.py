@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--act-order", action="store_true", help="true g_idx")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="context 128 and 2048 only")
+    parser.add_argument("--figures", action="store_true", help="neither tables of kernels nor whole answers")
     parser.add_argument("--folder", type=Path, help="keep the checkpoint there, or use the one that is there")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 8192, 32768])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
@@ -260,18 +261,19 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
             f"context {context:6}: {ms:7.3f} ms {1e3 / ms:7.1f} tok/s  {share:.2f} of the read rate  "
             f"{floor['pdl'] / ms:.2f} of the PDL floor  {base / ms:.2f} of context {contexts[0]}", flush=True
         )  # fmt: skip
-    decode_ms(runtime, 1, contexts[0])
-    show_kernels("kernels of a step:", kernels_us(lambda: runtime._steps.replay(1, Kind.ALONE)))
-    rates = [stream_rate(runtime, contexts[0], t) for t in (0.0, 0.8)]
-    print(
-        f"whole answers at context {contexts[0]}: greedy {rates[0]:.0f} tok/s, drawn {rates[1]:.0f} tok/s",
-        flush=True,
-    )
+    if not asked.figures:
+        decode_ms(runtime, 1, contexts[0])
+        show_kernels("kernels of a step:", kernels_us(lambda: runtime._steps.replay(1, Kind.ALONE)))
+        rates = [stream_rate(runtime, contexts[0], t) for t in (0.0, 0.8)]
+        print(
+            f"whole answers at context {contexts[0]}: greedy {rates[0]:.0f} tok/s, drawn {rates[1]:.0f} tok/s",
+            flush=True,
+        )
     for batch in asked.batches:
         ms = decode_ms(runtime, batch, 128)
         report["batch"][batch] = batch * 1e3 / ms
         print(f"batch {batch:4}: {ms:8.3f} ms a step {batch * 1e3 / ms:9.0f} tok/s", flush=True)
-    if 64 in asked.batches:
+    if 64 in asked.batches and not asked.figures:
         decode_ms(runtime, 64, 128)
         show_kernels(
             "kernels of a step, batch 64:", kernels_us(lambda: runtime._steps.replay(64, Kind.ALONE))
@@ -280,7 +282,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
         ms = prefill_ms(runtime, count)
         report["prefill"][count] = count * 1e3 / ms
         print(f"prompt {count:5}: {ms:8.2f} ms {count * 1e3 / ms:9.0f} tok/s", flush=True)
-    if 2048 in asked.prompts:
+    if 2048 in asked.prompts and not asked.figures:
         piece = Piece(torch.randint(0, VOCAB, (2048,)).tolist(), 0, tuple(range(32)))
         show_kernels("kernels of a prompt of 2048:", kernels_us(lambda: runtime.forward([piece])))
     if asked.json:

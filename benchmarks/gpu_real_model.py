@@ -1,6 +1,6 @@
 """A small real model, rounded to 4 bits here, on the GPU decoder beside Transformers. Needs one NVIDIA GPU.
 
-    PYTHONPATH=src:tests python benchmarks/gpu_real_model.py MODEL [--keep DIR] [--only text|windows]
+    PYTHONPATH=src:tests python benchmarks/gpu_real_model.py MODEL [--keep DIR] [--only text|fused|windows|nothing]
 
 MODEL: a Transformers folder of a Llama with a tokenizer. Prints relative errors of logits and shares of equal first
 choices: on prompts of 300 and 2000 tokens, behind sliding windows of 256 and 4096 with the pages before them given
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "real_model")
-    parser.add_argument("--only", choices=("text", "windows"))
+    parser.add_argument("--only", choices=("text", "fused", "windows", "nothing"))
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         print("no NVIDIA GPU here: nothing to compare")
@@ -107,7 +107,9 @@ def main() -> None:
     for file in asked.model.glob("tokenizer*"):
         shutil.copy(file, asked.keep)
     ids = open_tokenizer(asked.model).encode("".join(Path(t).read_text() for t in TEXTS))
-    for fused in () if asked.only == "windows" else (False, True):
+    if asked.only == "nothing":  # the folder alone, for other benchmarks
+        return
+    for fused in {"windows": (), "fused": (True,)}.get(asked.only, (False, True)):
         runtime = GpuRuntime.from_folder(asked.keep, context=8192, kv_tokens=40960, fused=fused)
         for count in (300, 2000):
             piece = Piece(ids[:count], 0, pages(count), True)
@@ -115,7 +117,7 @@ def main() -> None:
         text_beside(runtime, twin, ids)
         runtime.close()
     original = (asked.keep / "config.json").read_text()
-    for window, count in () if asked.only == "text" else ((256, 1000), (4096, 5000)):
+    for window, count in () if asked.only in ("text", "fused") else ((256, 1000), (4096, 5000)):
         edit_json(
             asked.keep / "config.json",
             model_type="mistral",

@@ -64,9 +64,9 @@ def main() -> None:
     text = open_tokenizer(asked.model).encode(asked.text.read_text())[:300]
     pages = range(2048 // PAGE)
     cases = {
+        "does not repeat": (text, WARM),
         "repeats itself": (text * 3 + text[:40], GREEDY),
         "greedy": (text, GREEDY),
-        "does not repeat": (text, WARM),
     }
     print(runtime.facts.name)
     for name, (ids, params) in cases.items():

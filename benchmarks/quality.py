@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from quality_ablation import first_blocks, recipes, without
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -41,7 +42,6 @@ PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gptqmodel-act-order": ("peer_gptqmodel.py", ("--damp", "0.1")),
     "gptqmodel-best": ("peer_gptqmodel.py", ("--gar", "--mse", "2.4", "--damp", "0.05")),
     "autoround": ("peer_autoround.py", ()),
-    "autoround-eager": ("peer_autoround.py", ("--eager",)),
     "autoround-ext": ("peer_autoround.py", ("--ext",)),
     "autoround-best": ("peer_autoround.py", ("--best",)),
 }
@@ -57,20 +57,6 @@ OWN: dict[str, tuple[str, bool, bool]] = {
 
 class PeerFailed(Exception):
     """A peer's process ended with an error."""
-
-
-def ablation() -> dict[str, Any]:
-    """Preset best with one step changed, by name."""
-    from quantmill.quantize.presets import BEST
-
-    return {
-        "best-shift": dataclasses.replace(BEST, shifts=(0.0,)),
-        "best-residual": dataclasses.replace(BEST, residual=False),
-        "best-descent": dataclasses.replace(BEST, rounds=0),
-        "best-ridges": dataclasses.replace(BEST, shift_ridges=(0.1,)),
-        "best-gate": dataclasses.replace(BEST, heldout=0.0),
-        "best-pooled": dataclasses.replace(BEST, pooled=not BEST.pooled),
-    }
 
 
 def ways() -> dict[str, Any]:
@@ -103,12 +89,16 @@ def main() -> None:
     run.add_argument("--asym", action="store_true")
     run.add_argument("--device", default="cpu")
     run.add_argument("--windows", type=int, default=64)
+    run.add_argument(
+        "--first-blocks", type=int, default=0, help="quantise these only; the rest stays original"
+    )
     run.add_argument("--blocks", type=Path, help=".npy token ids (samples, seqlen) instead of --valid")
     run.add_argument("--test-ids", type=Path, help=".npy token ids instead of --test")
     run.add_argument("--valid", type=Path, default=DATA / "wikitext-2-v1.valid.txt")
     run.add_argument("--test", type=Path, default=DATA / "wikitext-2-v1.test.txt")
     run.add_argument("--peer-python", default=sys.executable)
     run.add_argument("--peer-path", default="")
+    run.add_argument("--peer-arguments", default="", help="appended to every peer's command line")
     table = commands.add_parser("table")
     table.add_argument("results", type=Path, nargs="+")
     table.add_argument("--plot", type=Path)
@@ -133,10 +123,13 @@ def measure(asked: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     source = Path(asked.model) if asked.model else resolve(str(small_model()))
     blocks, cut = tokens(asked, source)
-    PRESETS.update(ablation())
+    partial = {"first_blocks": asked.first_blocks} if asked.first_blocks else {}
+    PRESETS.update(recipes())
     original = load_model(source, device=asked.device, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as solved:
         asked.solved = Path(solved)
+        if asked.first_blocks:
+            source = first_blocks(source, asked.first_blocks, Path(solved) / "cut")
         for bits, group, maker in itertools.product(asked.bits, asked.groups, asked.makers):
             with tempfile.TemporaryDirectory() as scratch:
                 began = time.perf_counter()
@@ -147,6 +140,7 @@ def measure(asked: argparse.Namespace) -> None:
                     continue
                 seconds = time.perf_counter() - began
                 row = {"bits": bits, "group": group, "maker": maker, "asym": asked.asym}
+                row |= partial | told(Path(scratch))
                 row |= {"seconds": round(seconds, 1), **score(folder, original, cut)}
             with asked.results.open("a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -184,7 +178,7 @@ def make(
         command = [asked.peer_python, str(ROOT / "benchmarks" / script), str(source.resolve())]
         command += [str(scratch / "blocks.npy"), "--out", str(scratch / "peer"), "--bits", str(bits)]
         command += ["--group-size", str(group), "--device", asked.device, *arguments]
-        command += ["--asym"] if asked.asym else []
+        command += [*(["--asym"] if asked.asym else []), *asked.peer_arguments.split()]
         environment = os.environ | ({"PYTHONPATH": asked.peer_path} if asked.peer_path else {})
         with (scratch / "peer.log").open("w") as out:
             ended = subprocess.run(
@@ -194,6 +188,12 @@ def make(
             raise PeerFailed(f"ended with {ended.returncode}\n{(scratch / 'peer.log').read_text()[-2000:]}")
         return scratch / "peer"
     return make_own(asked, source, blocks, bits, group, maker, scratch)
+
+
+def told(scratch: Path) -> dict[str, Any]:
+    """What a peer's last line says: its seconds and, where not all blocks got the same, their steps."""
+    log = scratch / "peer.log"
+    return {"peer": json.loads(log.read_text().splitlines()[-1])} if log.exists() else {}
 
 
 def make_own(
@@ -228,7 +228,8 @@ def make_own(
     variant = Variant("variant", QuantConfig(bits=bits, group_size=group, sym=not asked.asym))
     job = Job(source, "source", scratch / "own", (variant,), data, preset=preset, device=asked.device)
     job = dataclasses.replace(job, tune_blocks=tune, distill=distill, resume=distill and solved.exists())
-    [done] = pipeline.quantize(job, keep)
+    with without(preset):
+        [done] = pipeline.quantize(job, keep)
     return done.folder
 
 

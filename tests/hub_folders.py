@@ -84,7 +84,7 @@ class Hub:
             self.process.kill()
         else:
             self.process.terminate()
-        self.process.wait(60)
+        self.process.wait(120)
         assert self.process.stdout is not None
         self.process.stdout.close()
 

@@ -74,6 +74,9 @@ def test_what_the_system_refuses_is_one_line(
     status, out, err = call(capsys, "plan", "x")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"quantmill: some/place: {os.strerror(code)}: ")
+    for ours in (".x.0badcafe.partial", ".x.0badcafe.partial/model.safetensors"):
+        monkeypatch.setattr(sources, "resolve", raising(OSError(code, "no", f"some/place/{ours}")))
+        assert call(capsys, "plan", "x")[2].startswith("quantmill: some/place: no: ")
 
 
 def test_what_nobody_can_mend_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

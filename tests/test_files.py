@@ -7,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,10 +159,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_importing_takes_no_torch() -> None:
-    start = time.perf_counter()
     code = "import sys, quantmill.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert time.perf_counter() - start < 20
 
 
 def test_a_full_disk_is_told_alike_by_every_library(tmp_path: Path) -> None:
@@ -172,11 +169,14 @@ def test_a_full_disk_is_told_alike_by_every_library(tmp_path: Path) -> None:
     inner = [
         OSError("21624 requested and 16736 written"),  # numpy's tofile
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.ENOSPC, "No space left on device"),  # a write to an open file
     ]
     for error in inner:
         with pytest.raises(OSError, match="No space left") as caught, full_disk_said(tmp_path / "x"):
             raise error
-        assert caught.value.errno == errno.ENOSPC
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "x"))
+    with pytest.raises(OSError, match="No space left") as caught, atomic_folder(tmp_path / "folder"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "folder")
     with pytest.raises(SafetensorError, match="invalid"), full_disk_said(tmp_path / "x"):
         raise SafetensorError("invalid header")

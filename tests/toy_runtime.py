@@ -31,9 +31,11 @@ class ToyRuntime:
         max_pieces: int = 16,
         vocab: int = VOCAB,
         ends: tuple[int, ...] = (END,),
+        by_row: int | None = None,
     ) -> None:
+        """by_row: as a GPU's: what a longer piece stores depends a little on where it begins and ends."""
         self.facts = RuntimeFacts(
-            "toy", vocab, WIDTH, context, window, pages, max_tokens, max_pieces, 1000, 100, ends
+            "toy", vocab, WIDTH, context, window, pages, max_tokens, max_pieces, 1000, 100, ends, by_row
         )
         rng = np.random.default_rng(11)
         self.table = rng.normal(0, 1, (vocab, WIDTH))
@@ -62,13 +64,22 @@ class ToyRuntime:
     def vector(self, token: int, position: int) -> np.ndarray:
         return self.table[token] * (1 + position % 7) + position * 1e-3
 
+    def taint(self, piece: Piece) -> float:
+        """What a piece adds to all that it stores; much more than a GPU does."""
+        most, size = self.facts.by_row, len(piece.tokens)
+        return (
+            0.0 if most is None or size <= most else 1e-2 * ((size * 7 + piece.start * 13 + piece.every) % 11)
+        )
+
     def _run(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         self._examine(pieces)
         return [np.stack([self._one(p, i) for i in range(len(p.tokens))]) for p in pieces]
 
     def _one(self, piece: Piece, i: int) -> np.ndarray:
         position = piece.start + i
-        self.cache[piece.pages[position // PAGE], position % PAGE] = self.vector(piece.tokens[i], position)
+        self.cache[piece.pages[position // PAGE], position % PAGE] = self.vector(
+            piece.tokens[i], position
+        ) + self.taint(piece)
         first = 0 if self.facts.window is None else max(0, position - self.facts.window + 1)
         seen = [(piece.pages[p // PAGE], p % PAGE) for p in range(first, position + 1)]
         assert all(page >= 0 for page, _ in seen), "a page that is still seen was let go"

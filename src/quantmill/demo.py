@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quantmill.commands.describing import CHECK_REPORT, check_to_json, describe
 from quantmill.commands.machine import set_threads
-from quantmill.commands.making import Made, Request, make
+from quantmill.commands.making import Made, Request, make, writable
 from quantmill.commands.measuring import Protocol, measure
 from quantmill.console import Console, gigabytes, seconds
 from quantmill.doctor import check
@@ -64,6 +64,7 @@ def run(out: Path, threads: int | None, console: Console) -> Json:
     """Make, check, measure, describe, ask. Returns what the closing summary says."""
     began = time.perf_counter()
     set_threads(threads)
+    writable(out)
     console.note("1/5 the model: SmolLM2-135M-Instruct as a Mistral-type model")
     source = as_mistral(resolve(str(small_model()), notify=console.note), out / SOURCE)
     console.note("2/5 quantising the four branches")

@@ -21,6 +21,7 @@ from quantmill.types import Json
 
 UNFINISHED = "partial"  # being written: worthless once its writer is dead
 REPLACED = "replaced"  # the older folder, for the moment between two renames
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HOLDS = ("config.json", "quantize_report.json", "README.md")  # one of them is in every folder that we replace
 
 
@@ -75,6 +76,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield folder
         _fsync_tree(folder)
         _swap(folder, target)
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:  # an open file's write does not know its name
+            error.filename = str(target)
+        raise
     finally:
         os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,16 +87,19 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def full_disk_said(path: Path) -> Iterator[None]:
-    """Around libraries that write `path` and tell of a full disk in words alone: OSError(ENOSPC) instead."""
+    """Around what writes `path` and tells of a full disk in words alone, or not where: OSError with both instead."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        short = isinstance(error, OSError) and error.errno is None  # numpy: "9 requested and 5 written"
+        number = error.errno if isinstance(error, OSError) else 0
+        short = number is None  # numpy: "9 requested and 5 written"
         if short or f"os error {errno.ENOSPC}" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+            number = errno.ENOSPC
+        if number not in FULL:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def remove_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,13 @@ def write_gguf(path: Path, model: GgufModel, tensors: Sequence[GgufTensor]) -> t
         listed = [*_rope_tensors(model.config, sizes), *tensors]
         with full_disk_said(path):
             _write_tensors(writer, listed, arch, sizes)
-            writer.close()
+            writer.close()  # what is still in its buffers may not fit either
         fsync(partial)
         os.replace(partial, path)
         fsync(path.parent)
     finally:
+        with suppress(OSError):  # told already
+            writer.close()
         partial.unlink(missing_ok=True)
     return vocabulary.notes
 
@@ -149,7 +152,15 @@ def _write_tensors(writer: Any, tensors: Sequence[GgufTensor], arch: str, sizes:
         rows = tensor.rows()
         if heads := heads_of(tensor.name, arch, sizes):
             rows = for_llama_cpp(rows, heads)
-        writer.write_tensor_data(np.ascontiguousarray(rows))
+        _write_rows(writer, np.ascontiguousarray(rows))
+
+
+def _write_rows(writer: Any, rows: NDArray[Any]) -> None:
+    """As the writer does, but without numpy's tofile, which tells nothing when a small array meets a full disk."""
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(rows.data)
+    writer.write_padding(file, rows.nbytes)
 
 
 def _stored(tensor: GgufTensor) -> tuple[tuple[int, ...], type, Any]:

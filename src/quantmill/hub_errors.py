@@ -46,7 +46,8 @@ def in_our_words(asked: str, before: str = "") -> Iterator[None]:
         raise _http_error(asked, error) from error
     except transport_errors() as error:
         raise SourceNotFound(
-            f"the hub did not answer about {asked} ({error}): type the same again"
+            f"the hub did not answer about {asked} ({error}): mend the network or HF_ENDPOINT, then type the "
+            "same again"
         ) from error
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from quantmill.errors import SourceNotFound, UnsupportedModel
+from quantmill.errors import BadRequest, SourceNotFound, UnsupportedModel
 from quantmill.hub_errors import branches_of, in_our_words, listed
 
 Notify = Callable[[str], None]
@@ -59,7 +59,8 @@ def resolve(
     `notify` gets a line when something takes a while. `run`: the model is to be run, not quantised: a `.gguf`
     file then keeps its own codes where a packed linear can hold them, instead of becoming fp16.
 
-    Raises SourceNotFound, UnsupportedModel (a file type or architecture), BadCheckpoint (a damaged file).
+    Raises SourceNotFound, UnsupportedModel (a file type or architecture), BadCheckpoint (a damaged file),
+    BadRequest (no place for a conversion).
     """
     if (path := _local(source)) is not None:
         file = _only_gguf(path) or path
@@ -68,7 +69,9 @@ def resolve(
         )
     name, branch = split_branch(source)
     if not _HUB_ID.fullmatch(source) or source.lower().endswith(".gguf"):
-        raise SourceNotFound(f"{source} does not exist; name a folder, a .gguf file or owner/name[:branch]")
+        raise SourceNotFound(
+            f"{source} does not exist{_siblings(source)}; name a folder, a .gguf file or owner/name[:branch]"
+        )
     return _from_hub(name, branch, files)
 
 
@@ -126,6 +129,15 @@ def _one_of(path: Path) -> str:
     return f" but {listed([p.name for p in entries])}; name a folder in the Transformers layout"
 
 
+def _siblings(source: str) -> str:
+    """The models of the folder in which `source` would lie, where it lies in one: a misspelt branch, perhaps."""
+    parent = Path(source).expanduser().parent
+    if parent == Path() or not parent.is_dir():
+        return ""
+    models = [p.name for p in sorted(parent.iterdir()) if _is_model(p)]
+    return f" ({parent} holds {listed(models)})" if models else ""
+
+
 def _file(path: Path, cache: Path, notify: Notify, run: bool) -> Path:
     """The cached conversion of a `.gguf` file, made now if need be."""
     if path.suffix.lower() != ".gguf":
@@ -169,7 +181,13 @@ def _convert_into(target: Path, path: Path, notify: Notify, packed: bool) -> Non
     from quantmill.gguf_model import convert_packed
     from quantmill.gguf_source import convert
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(
+            f"{target.parent} cannot be made ({error.strerror}): set QUANTMILL_HOME to a folder that you may "
+            "write to"
+        ) from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
@@ -184,7 +202,7 @@ def _from_hub(name: str, branch: str | None, files: Files) -> Path:
     from huggingface_hub import snapshot_download
 
     asked = f"{name}:{branch}" if branch else name
-    with in_our_words(asked, before=f"there is no folder {asked} here, and "):
+    with in_our_words(asked, before=f"there is no folder {asked} here{_siblings(asked)}, and "):
         folder = Path(snapshot_download(name, revision=branch, allow_patterns=list(_WANTED[files])))
     if not (folder / "config.json").is_file():
         raise SourceNotFound(

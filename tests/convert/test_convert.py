@@ -1,6 +1,7 @@
 """Containers of one model: converted folders hold the same values, load, and say what they cannot hold."""
 
 import json
+import resource
 from pathlib import Path
 
 import gguf
@@ -170,6 +171,22 @@ def test_what_a_container_cannot_hold_is_refused(tmp_path: Path, config, to: str
     with pytest.raises(UnsupportedModel, match=words):
         convert(source, to, tmp_path / "out", silent)
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith((".partial", ".gguf"))]
+
+
+@pytest.mark.parametrize("missing", [1, 300, 5000])
+def test_a_file_that_does_not_fit_is_told_wherever_it_ends(tmp_path: Path, missing: int) -> None:
+    """The last norms are smaller than a buffer: what is lost of them is known only when the buffer is written."""
+    source = make(tmp_path / "source", SYM)
+    whole = convert(source, "gguf", tmp_path / "whole.gguf", silent).path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole - missing, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            convert(source, "gguf", tmp_path / "cut.gguf", silent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / "cut.gguf")
+    assert [p.name for p in tmp_path.glob("*.gguf")] == ["whole.gguf"]
 
 
 def test_zero_points_of_zero_do_not_fit_v1(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantize.test_awq_best import divergence
 from quantize.test_pipeline import job, run, source
 from quantize.test_refine import FIT, HELD, Case
 from quantize.test_solver import problem
@@ -18,7 +19,7 @@ from quantmill.quantize.moments import Goal
 from quantmill.quantize.presets import BEST
 from quantmill.quantize.refine import solve_best
 from quantmill.quantize.solver import factorise, solve
-from quantmill.types import ActOrder, ModuleReport, QuantConfig
+from quantmill.types import ActOrder, QuantConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 
@@ -85,17 +86,11 @@ def test_a_whole_run_of_preset_best(tmp_path: Path) -> None:
     [here], _ = run(job(src, tmp_path / "cpu", "4bit-32g", preset="best"))
     [there], _ = run(job(src, tmp_path / "gpu", "4bit-32g", preset="best", device="cuda"))
     assert not any(y.fallback for y in there.modules)
-    # so small a model gains next to nothing by a shift: which one is taken turns on the 16 bits of a GPU's products
-    alike = [(x, y) for x, y in zip(here.modules, there.modules, strict=True) if shift(x) == shift(y)]
-    assert {x.name.split(".")[-1] for x, _ in alike} >= {"q_proj", "k_proj", "v_proj"}
-    for x, y in alike:
-        assert y.loss == pytest.approx(x.loss, rel=0.25)
-
-
-def shift(module: ModuleReport) -> str:
-    """How far a module's target was moved, as its report says."""
-    assert module.choice is not None
-    return next(part for part in module.choice.split(", ") if part.startswith("shift"))
+    for x, y in zip(here.modules[:3], there.modules[:3], strict=True):  # q, k, v, which nothing comes before
+        assert y.loss == pytest.approx(x.loss, rel=0.05)
+    # further on, 16-bit factors decide between shifts that are worth the same to four digits: a module's own loss
+    # may then be several times the other's (a shift raises it), the model's output may not
+    assert divergence(there.folder, src) == pytest.approx(divergence(here.folder, src), rel=0.2)
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])

@@ -13,6 +13,7 @@ from quantmill.quantize.memory import (
     choose,
     cpu_bytes,
     gpu_bytes,
+    gpu_peak,
     host_bytes,
     lane_tokens,
     load_of,
@@ -94,6 +95,30 @@ def test_what_was_measured_is_predicted_within_a_tenth(
     way = next(r for r in RESIDENCES if r.name == name)
     predicted = gpu_bytes(load_of(MISTRAL_7B, chosen, 128, 2048, "cuda", paired), way)
     assert predicted == pytest.approx(taken + GPU_BASE, rel=0.1)
+
+
+WHOLE = (  # benchmarks/gpu_quantize_whole.py on one H200: variants, preset best, --max-vram, what the process held
+    (4, False, None, 54.20e9),
+)
+
+
+@pytest.mark.parametrize(("variants", "best", "vram", "held"), WHOLE)
+def test_what_a_whole_process_held_is_predicted_within_a_tenth(
+    variants: int, best: bool, vram: int | None, held: float
+) -> None:
+    chosen = CARD_GRID[:variants]
+    sizes = load_of(MISTRAL_7B, chosen, 128, 2048, "cuda", [best and v.config.bits < 8 for v in chosen])
+    way = choose(sizes, "cuda", vram=vram, ram=None)
+    assert gpu_peak(sizes, way, vram) == pytest.approx(held, rel=0.1)
+
+
+def test_a_limit_is_held_by_giving_back_what_lies_between_tensors() -> None:
+    way = choose(load(), "cuda", vram=14 * GB, ram=None)
+    need = gpu_bytes(load(), way)
+    assert need < 14 * GB < gpu_peak(load(), way)
+    assert gpu_peak(load(), way, 14 * GB) == 14 * GB
+    assert gpu_peak(load(), way, 139 * GB) == gpu_peak(load(), way) < 1.1 * need
+    assert gpu_peak(load(), way, need) == need
 
 
 def test_groups_are_what_is_solved_as_one() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from quantmill.runtime.engine_types import (
     Request,
     TokenEvent,
 )
-from quantmill.runtime.interface import Piece
+from quantmill.runtime.interface import PAGE, Piece
 from quantmill.types import SamplingParams
 from toy_runtime import END, VOCAB, ToyRuntime, told
 
@@ -181,13 +182,63 @@ def test_prompts_can_be_cut_at_fixed_places_only() -> None:
         assert answer(events, request.id) == told(toy, request.prompt, request.params)
 
 
-def test_the_back_ends_name_says_whether_cuts_matter() -> None:
-    cuts = {}
-    for name in ("cpu int16", "cuda fp16", "reference cpu"):
-        toy = ToyRuntime(max_tokens=2048)
-        toy.facts = dataclasses.replace(toy.facts, name=name)
-        cuts[name] = Engine(toy).scheduler.cut
-    assert cuts == {"cpu int16": 0, "cuda fp16": 512, "reference cpu": 512}
+@pytest.mark.parametrize(("by_row", "cut"), [(None, 0), (16, 512), (1, 512)])
+def test_the_back_end_says_whether_cuts_matter(by_row: int | None, cut: int) -> None:
+    assert Engine(ToyRuntime(max_tokens=2048, by_row=by_row)).scheduler.cut == cut
+
+
+def test_a_cut_leaves_room_for_the_window_in_a_small_cache() -> None:
+    toy = ToyRuntime(8, window=200, max_tokens=2048, by_row=16)
+    engine = Engine(toy)
+    assert engine.scheduler.cut == 3 * PAGE
+    engine.add(Request("a", prompt(1000), WARM))
+    assert len(answer(run(engine), "a")) == 30
+
+
+def alone(request: Request, config: EngineConfig, **toy: Any) -> list[int]:
+    engine = Engine(ToyRuntime(**toy), config)
+    engine.add(request)
+    return answer(run(engine), request.id)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("pages", [200, 14])
+def test_an_answer_is_the_same_alone_and_not_where_pieces_have_bits_of_their_own(
+    pages: int, window: int | None
+) -> None:
+    """Beside others, with other prompts' and earlier turns' pages found again, scored, put aside, asked twice."""
+    sizes: dict[str, Any] = {"window": window, "max_tokens": 300, "max_pieces": 8, "by_row": 4}
+    config = EngineConfig(cut=128)
+    engine = Engine(ToyRuntime(pages, **sizes), config)
+    rng = random.Random(3)
+    requests = []
+    for i in range(24):
+        shared = prompt(300) if i % 3 == 0 else prompt(140, 1) if i % 3 == 1 else ()
+        params = dataclasses.replace(WARM, seed=i, max_new_tokens=rng.choice((3, 40, 150)))
+        asked = shared + prompt(rng.randrange(1, 200), i)
+        scored = 0 if i % 7 == 3 else None
+        requests.append(Request(f"r{i}", asked, params, client=f"c{i % 4}", score_prompt=scored))
+    events: list[Event] = []
+    for i, request in enumerate(requests):
+        engine.add(request)
+        if i % 5 == 4:
+            events += engine.step()
+    events += run(engine)
+    said = {r.id: answer(events, r.id) for r in requests}
+    again = [dataclasses.replace(r, id=f"{r.id} again", score_prompt=None) for r in requests[:6]]
+    turns = [
+        Request(f"{r.id} next", r.prompt + tuple(said[r.id]) + prompt(9), with_seed(i))
+        for i, r in enumerate(requests[:9])
+    ]
+    for request in again + turns:
+        engine.add(request)
+    events += run(engine)
+    for request in requests + again + turns:
+        found = answer(events, request.id)
+        assert found == alone(request, config, pages=200, **sizes), request.id
+    assert nothing_held(engine)
+    assert (engine.stats().preemptions > 0) == (pages == 14)
+    assert engine.stats().cached_tokens > 0
 
 
 def with_seed(seed: int) -> SamplingParams:

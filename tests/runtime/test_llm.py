@@ -165,7 +165,7 @@ def test_leaving_a_stream_ends_the_work() -> None:
             await deltas.aclose()
 
         asyncio.run(run())
-        assert llm.engine.drain(20)
+        assert llm.engine.drain(120)
         stats = llm.engine.stats()
         assert stats.pages.held == 0
         assert stats.finished == {Reason.ABORT: 3}
@@ -207,7 +207,7 @@ def test_draining_ends_what_is_under_way_and_takes_nothing_new() -> None:
     with toy_llm() as llm:
         stream = llm.stream(Job("hello", with_(max_new_tokens=200)))
         next(stream)
-        assert llm.engine.drain(30)
+        assert llm.engine.drain(120)
         with pytest.raises(Busy, match="shutting down"):
             llm.generate("hello")
         assert list(stream)[-1].ending is not None

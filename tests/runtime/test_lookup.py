@@ -112,3 +112,19 @@ def test_pauses_grow_until_a_guess_is_right():
         pace.seen(7, 0)
     assert pace.most == Guessing().least
     assert [pace.rests() for _ in range(5)] == [True] * 4 + [False]
+
+
+def test_where_guesses_never_pay_few_are_made():
+    pace, guesses = Pace(Guessing()), 0
+    for _ in range(256):
+        if not pace.rests():
+            guesses += 1
+            pace.seen(3, 1)  # one token of three: the pass cost more
+    assert guesses <= 4
+
+
+def test_one_right_token_of_a_cut_guess_pays():
+    pace = Pace(Guessing())
+    pace.seen(1, 1)
+    assert not pace.rests()
+    assert pace.most == Guessing().most

@@ -38,7 +38,7 @@ class Running:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
-        until = time.monotonic() + 20
+        until = time.monotonic() + 120
         while not self.server.started and time.monotonic() < until:
             time.sleep(0.01)
         self.port = self.server.servers[0].sockets[0].getsockname()[1]

@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 
-def exchange(port: int, data: bytes, timeout: float = 30) -> tuple[int, bytes]:
+def exchange(port: int, data: bytes, timeout: float = 120) -> tuple[int, bytes]:
     """Send bytes, read to the end -> status and body (chunks not put together)."""
     with socket.create_connection(("127.0.0.1", port), timeout) as s:
         s.sendall(data)

@@ -64,7 +64,7 @@ def test_many_clients_some_of_which_leave(start: Start) -> None:
     hang_up = {i for i in range(REQUESTS) if rng.random() < ABORTED}
     found = asyncio.run(all_at_once(running.port, hang_up))
     engine = running.llms["toy"].engine
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while (engine.stats().running or engine.stats().waiting) and time.monotonic() < until:
         time.sleep(0.02)
     stats = engine.stats()
@@ -93,7 +93,7 @@ def test_leaving_ends_an_answer_that_is_not_streamed(start: Start) -> None:
 
     asyncio.run(leave())
     engine, began = running.llms["toy"].engine, time.monotonic()
-    while not engine.stats().finished and time.monotonic() - began < 10:
+    while not engine.stats().finished and time.monotonic() - began < 120:
         time.sleep(0.01)
     assert engine.stats().finished == {"abort": 1}
     assert engine.stats().answer_tokens < 3500

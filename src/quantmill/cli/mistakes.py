@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 
 import typer
+
+from quantmill.files import UNFINISHED
 
 # Typer brings a Click of its own and exports the leaf alone.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -16,6 +19,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _CURES = {
     errno.ENOSPC: "make room, or name another disk; quantize goes on with --resume",
     errno.EDQUOT: "make room, or name another disk; quantize goes on with --resume",
+    errno.EFBIG: "that file system takes no file of such a size: name another disk",
     errno.EROFS: "name a folder that you may write to",
     errno.EACCES: "name another, or mend its rights",
     errno.EPERM: "name another, or mend its rights",
@@ -50,8 +54,15 @@ def system_line(error: OSError) -> str | None:
     cure = _CURES.get(error.errno or 0)
     if cure is None:
         return None
-    place = f"{error.filename}: " if error.filename else ""
+    place = f"{_known(str(error.filename))}: " if error.filename else ""
     return f"quantmill: {place}{error.strerror}: {cure}"
+
+
+def _known(name: str) -> str:
+    """The path, or its part that somebody typed: what is being written has a name of ours."""
+    parts = Path(name).parts
+    ours = next((i for i, part in enumerate(parts) if part.endswith(f".{UNFINISHED}")), len(parts))
+    return str(Path(*parts[:ours]))
 
 
 def interrupted_line() -> str:

@@ -52,6 +52,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    fast_batches: Annotated[
+        bool,
+        typer.Option(
+            "--fast-batches",
+            help="on a GPU: faster with more than 32 answers at once, but what an answer says may then depend on "
+            "the others",
+        ),
+    ] = False,
     cpu_exact: CpuExact = False,
     device: Device = "auto",
     threads: Threads = None,
@@ -72,6 +80,7 @@ def serve(
         device=device,
         threads=threads,
         engine_process=engine_process,
+        fast_batches=fast_batches,
         exact=cpu_exact,
         context=context,
         kv_tokens=kv_tokens,

@@ -177,15 +177,21 @@ def _refuse_without_room(request: Request, config: Json, console: Console) -> No
     planned = {v.branch: planned_bytes(config, v) for v in request.variants}
     for branch, size in planned.items():
         console.note(f"{branch}: will be {gigabytes(size)}")
-    place = next(p for p in (request.out.absolute(), *request.out.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise BadRequest(f"{place} is no folder that you may write to: give another --out")
+    place = writable(request.out)
     free, needed = shutil.disk_usage(place).free, sum(planned.values())
     if free < needed and not request.resume:  # a resumed run has part of it there already
         raise BadRequest(
             f"{request.out} has room for {gigabytes(free)}, {gigabytes(needed)} are needed: make room, or give "
             "another --out"
         )
+
+
+def writable(out: Path) -> Path:
+    """The folder in which `out` lies or will be made. Raises BadRequest where nothing may be written there."""
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadRequest(f"{place} is no folder that you may write to: give another --out")
+    return place
 
 
 def _refuse_quantised(source: str, config: Json) -> None:

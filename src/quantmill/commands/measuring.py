@@ -84,10 +84,11 @@ def measure_scores(
     if ranks.size > 1 and device == "cuda":
         device = f"cuda:{torch.cuda.current_device()}"
     folders = {name: resolve(model, notify=console.note, run=True) for name, model in models.items()}
+    base = None if against is None else resolve(against, notify=console.note)
     tokenizer = load_tokenizer(next(iter(folders.values())))
     text = calibration.read_text(protocol.text, tokenizer)
     ids = tokenise(tokenizer, text)
-    original = None if against is None else load_model(resolve(against, notify=console.note), device=device)
+    original = None if base is None else load_model(base, device=device)
     loaded = {name: load_model(folder, device=device) for name, folder in folders.items()}
     _refuse_long_windows(protocol.ctx, loaded)
     _warn_of_shared_text(folders, protocol.text, ids, tokenizer, console)

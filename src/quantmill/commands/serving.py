@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 from quantmill.console import Console
 from quantmill.errors import BadRequest
+from quantmill.runtime.gpu.batches import BATCHES, FAST
 from quantmill.serve.logs import log_to_stderr
 from quantmill.serve.server import Mount, make_service, serve
 from quantmill.serve.settings import ServeSettings
@@ -15,6 +17,8 @@ from quantmill.serve.settings import ServeSettings
 def serve_models(models: Sequence[str], settings: ServeSettings, ui: bool, console: Console) -> None:
     """Serve until a signal comes. The first model is loaded before the first request, the others when asked for."""
     mount = _ui() if ui else None
+    if settings.fast_batches:
+        os.environ[BATCHES] = FAST  # also read by the processes of engines and ranks
     service = make_service(models, settings)
     names = [info.name for info in service.infos()]
     log_to_stderr()

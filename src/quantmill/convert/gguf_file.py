@@ -53,7 +53,7 @@ def write_file(
 
 def target_path(out: Path, source: Path, kind: str) -> Path:
     """`out` itself where it is a .gguf name, else NAME.TYPE.gguf in that folder."""
-    if out.suffix.lower() == ".gguf":
+    if out.suffix.lower() == ".gguf" and not out.is_dir():
         out.parent.mkdir(parents=True, exist_ok=True)
         return out
     if out.is_file():

@@ -15,7 +15,7 @@ import numpy as np
 from quantmill.architectures import Dimensions, LinearShape, architecture_of, dimensions, linear_shapes
 from quantmill.formats.gptq import packed_bytes
 from quantmill.quantize.job import rows_share
-from quantmill.quantize.memory import choose, cpu_bytes, gpu_bytes, host_bytes, load_of
+from quantmill.quantize.memory import choose, cpu_bytes, gpu_peak, host_bytes, load_of
 from quantmill.quantize.presets import recipe_of
 from quantmill.types import Json, QuantConfig, Variant
 
@@ -84,7 +84,7 @@ def plan(
                 config=v.config,
                 size_bytes=size_bytes(config, v.config),
                 bits_per_weight=bits_per_weight(config, v.config),
-                peak_vram_bytes=gpu_bytes(on_gpu, way),
+                peak_vram_bytes=gpu_peak(on_gpu, way, max_vram),
                 peak_host_bytes=host_bytes(on_gpu, way),
                 peak_ram_bytes=ram,
                 seconds=operations(dims, shapes, tokens, seqlen) / flops_per_second,

@@ -114,7 +114,7 @@ class ScaledLinear(nn.Module):
             if lean and origin is not None:
                 with torch.no_grad():
                     away = origin.to(self.latent) / self.scales[:, self.g] - self.latent
-                    self.latent += lean * away.clamp_(-EDGE, EDGE)
+                    self.latent.add_(away.clamp_(-EDGE, EDGE), alpha=lean)
                     self.confine()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,7 +179,12 @@ def trainable(
     originals = {name: root.get_submodule(name) for name in (*linears, *norms)}
     new: Trainable = {
         n: ScaledLinear(
-            q, _bias(originals[n]), dtype, max_codes[n] if max_codes else None, originals[n].weight, lean
+            q,
+            _bias(originals[n]),
+            dtype,
+            max_codes[n] if max_codes else None,
+            originals[n].get_parameter("weight"),
+            lean,
         )
         for n, q in linears.items()
     }

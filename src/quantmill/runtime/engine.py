@@ -37,7 +37,6 @@ from quantmill.runtime.pages import PagePool, pages_for
 from quantmill.runtime.sampling import Sampled, begin_rows, check_tokens, picked_rows, score
 
 CUT = 512  # tokens: enough for a matrix product at full speed
-BY_LENGTH = ("cuda", "reference")  # in the names of back ends whose bits depend on a piece's length
 
 
 class Engine:
@@ -49,7 +48,7 @@ class Engine:
         self.pool = PagePool(self.facts)
         cut = self.config.cut
         if cut is None:
-            cut = CUT if any(word in self.facts.name for word in BY_LENGTH) else 0
+            cut = 0 if self.facts.by_row is None else CUT
         self.scheduler = Scheduler(self.facts, self.pool, self.config.max_running, cut)
         self.overlaps = self.facts.name.startswith(
             "cuda"
@@ -163,12 +162,22 @@ class Engine:
             rows = chunk.count if piece.every else 1
             if piece.every:
                 self._score(chunk, logits[row : row + rows], events)
-            chunk.sequence.advance(chunk.count, self.pool, self.config.prefix_cache)
+            chunk.sequence.advance(chunk.count, self.pool, self._named(chunk.sequence))
             row += rows
             if chunk.sequence.left == 0:
                 done.append((chunk.sequence, row - 1))
         if done:
             self._draw(logits, done, events, meanwhile)
+
+    def _named(self, sequence: Sequence) -> int:
+        """Positions whose pages others may take over: where cuts matter, of prompts' whole pieces only."""
+        cut, request = self.scheduler.cut, sequence.request
+        if not self.config.prefix_cache:
+            return 0
+        if not cut:
+            return len(sequence.tokens)
+        plain = request.score_prompt is None and not request.embed  # those pass in another way
+        return sequence.prompt_tokens // cut * cut if plain else 0
 
     def _draw(
         self,
@@ -227,7 +236,7 @@ class Engine:
             sequence.hidden = part if sequence.hidden is None else sequence.hidden + part
             row += chunk.count
             # Keys and values are the same as an answer's, but a sum of hidden states has no use for found pages.
-            sequence.advance(chunk.count, self.pool, name=False)
+            sequence.advance(chunk.count, self.pool, 0)
             if sequence.left == 0:
                 mean = (sequence.hidden / len(sequence.tokens)).astype(np.float32)
                 events.append(EmbeddingEvent(sequence.request.id, mean))

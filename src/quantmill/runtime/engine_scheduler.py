@@ -37,7 +37,7 @@ class Scheduler:
     ) -> None:
         """cut: prompts are cut at its multiples only; 0: anywhere."""
         self.facts, self.pool = facts, pool
-        self.cut = min(cut, facts.max_tokens // 2 // PAGE * PAGE)
+        self.cut = min(cut, _largest_cut(facts))
         self.max_running = min(facts.max_pieces, facts.max_tokens, max_running or facts.max_pieces)
         self.lines: dict[str, deque[Sequence]] = {}
         self.running: list[Sequence] = []
@@ -101,17 +101,25 @@ class Scheduler:
             if at_prompt and prompt_seen:
                 continue
             prompt_seen = prompt_seen or at_prompt
-            if not sequence.has_room:  # as one that was put aside in this loop has none
-                if sequence not in self.running or not self._make_room(sequence):
+            count = self._whole(sequence) if at_prompt and self.cut else 1
+            if sequence.missing(count):  # as of one that was put aside in this loop
+                if sequence not in self.running or not self._make_room(sequence, count):
                     continue
-                sequence.grow(1, self.pool)
+                sequence.grow(count, self.pool)
             if not at_prompt:
                 chunks.append(Chunk(sequence, 1))
         return chunks
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """One page, if the next token begins one. Puts the latest aside until there is one: maybe itself."""
-        while not sequence.has_room and not self.pool.available:
+    def _whole(self, sequence: Sequence) -> int:
+        """Tokens up to the next place where a text is always cut, so that they get the same bits every time."""
+        at, end = sequence.computed, sequence.prompt_tokens
+        if at >= end:  # an answer that was put aside is read as it was said
+            return min(sequence.left, self.facts.by_row or sequence.left)
+        return min(end - at, self.cut - at % self.cut)
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Pages for the next `count` tokens. Puts the latest aside until they are there: maybe itself."""
+        while sequence.missing(count) > self.pool.available:
             latest = self.running[-1]
             self._put_aside(latest)
             if latest is sequence:
@@ -135,7 +143,7 @@ class Scheduler:
             sequence = self._next()
             if sequence is None:
                 return
-            sequence.take_over(self.pool, self.cut // PAGE)
+            sequence.take_over(self.pool, max(1, self.cut // PAGE))
             needed = pages_for(sequence.left + 1)
             if self.facts.window is not None:
                 needed = min(needed, pages_for(self.facts.window) + 1)
@@ -171,10 +179,18 @@ class Scheduler:
             if sequence.request.score_prompt is not None:
                 count = min(count, SCORED_CHUNK)
             if self.cut:
-                whole = min(sequence.left, self.cut - sequence.computed % self.cut)
-                count = whole if whole <= budget else 0
+                whole = self._whole(sequence)
+                count = whole if whole <= budget and sequence.missing(whole) <= self.pool.available else 0
             count = sequence.grow(count, self.pool) if count > 0 else 0
             if count > 0:
                 chunks.append(Chunk(sequence, count))
                 budget -= count
         return chunks
+
+
+def _largest_cut(facts: RuntimeFacts) -> int:
+    """Of which a pass can take two, and the cache one beside a whole window."""
+    pages = facts.max_tokens // 2 // PAGE
+    if facts.window is not None:
+        pages = min(pages, facts.pages - pages_for(facts.window) - 1)
+    return max(0, pages) * PAGE

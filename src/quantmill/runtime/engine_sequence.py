@@ -44,15 +44,14 @@ class Sequence:
         """Tokens to compute before the next one can be drawn."""
         return len(self.tokens) - self.computed
 
-    @property
-    def has_room(self) -> bool:
-        """There is a page for the next token."""
-        return len(self.pages) * PAGE > self.computed
+    def missing(self, count: int) -> int:
+        """Pages that the next `count` tokens need and that are not there yet."""
+        return max(0, pages_for(self.computed + count) - len(self.pages))
 
     @property
     def scoring(self) -> bool:
-        """The prompt's own log probabilities are still wanted: nothing of it can be taken over."""
-        return self.request.score_prompt is not None and self.scored < self.prompt_tokens
+        """In a prompt whose own log probabilities are wanted: nothing of it can be taken over."""
+        return self.request.score_prompt is not None and self.computed < self.prompt_tokens
 
     @property
     def ready(self) -> bool:
@@ -61,17 +60,13 @@ class Sequence:
         leader = self.leader
         return leader is None or leader.finished or leader.computed >= leader.prompt_tokens
 
-    def take_over(self, pool: PagePool, step: int = 0) -> None:
+    def take_over(self, pool: PagePool, step: int = 1) -> None:
         """Start from what the pool still knows of these tokens, in steps of so many pages. The last token is
         always computed: its logits are what is wanted."""
         if self.scoring or self.request.embed:
             return
         self.keys = page_keys(self.tokens[: len(self.tokens) - 1], self.keys)
-        self.pages = pool.match(self.keys[: len(self.keys) // step * step] if step else self.keys)
-        if step and len(self.pages) % step:
-            kept = len(self.pages) // step * step
-            pool.release(self.pages[kept:])
-            self.pages = self.pages[:kept]
+        self.pages = pool.match(self.keys, step)
         self.named = len(self.pages)
         self.computed = len(self.pages) * PAGE
         if not self.begun:
@@ -79,16 +74,16 @@ class Sequence:
 
     def grow(self, count: int, pool: PagePool) -> int:
         """Take the pages that the next `count` tokens need -> the tokens that there are pages for."""
-        missing = pages_for(self.computed + count) - len(self.pages)
-        if missing > 0:
+        if missing := self.missing(count):
             self.pages += pool.take(min(missing, pool.available))
         return min(count, len(self.pages) * PAGE - self.computed)
 
-    def advance(self, count: int, pool: PagePool, name: bool) -> None:
-        """`count` tokens more are in the cache: name what is full, let go what no window sees."""
+    def advance(self, count: int, pool: PagePool, named: int) -> None:
+        """`count` tokens more are in the cache: name full pages of the first `named` positions, let go what no
+        window sees."""
         self.computed += count
-        full = self.computed // PAGE
-        if name and full > self.named:
+        full = min(self.computed, named) // PAGE
+        if full > self.named:
             self.keys = page_keys(self.tokens[: full * PAGE], self.keys)
             for i in range(self.named, full):
                 pool.name(self.pages[i], self.keys[i])

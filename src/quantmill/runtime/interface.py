@@ -44,6 +44,9 @@ class RuntimeFacts:
     bytes_per_token: int  # weights read by one decode step: the share of memory bandwidth comes from it
     bytes_per_page: int  # keys and values, all layers
     eos_token_ids: tuple[int, ...]  # from generation_config.json and config.json
+    # Pieces of at most so many tokens have the bits of one token at a time; those of longer ones depend on their
+    # length. None: the bits never depend on how a text was cut.
+    by_row: int | None = None
 
 
 class Runtime(Protocol):

@@ -90,13 +90,13 @@ class PagePool:
             self._by_key[key] = page
             self._key_of[page] = key
 
-    def match(self, keys: Sequence[Key]) -> list[int]:
+    def match(self, keys: Sequence[Key], step: int = 1) -> list[int]:
         """Pages for the longest prefix of `keys` that is there, one holder more for each; GONE before the window.
 
-        With a sliding window the pages of the last window are enough.
+        With a sliding window the pages of the last window are enough. step: the prefix has a multiple of so many.
         """
         found = [self._by_key.get(key, GONE) for key in keys]
-        length = _usable(found, self.window_pages)
+        length = _usable(found, self.window_pages, step)
         # After n full pages the next token sees window - 1 positions back: as many pages as the window has.
         first = 0 if self.window_pages is None else max(0, length - self.window_pages)
         pages = [GONE] * first + found[first:length]
@@ -124,12 +124,13 @@ class PagePool:
         self._kept.clear()
 
 
-def _usable(found: list[int], window_pages: int | None) -> int:
+def _usable(found: list[int], window_pages: int | None, step: int) -> int:
     """How many pages from the start can be taken over: all of them, or with a window the last few, are there."""
     run = best = 0
     for i, page in enumerate(found):
         run = run + 1 if page != GONE else 0
-        if run == i + 1 or (window_pages is not None and run >= window_pages):
+        enough = run == i + 1 or (window_pages is not None and run >= window_pages)
+        if enough and (i + 1) % step == 0:
             best = i + 1
     return best
 

@@ -161,6 +161,7 @@ class ReferenceRuntime:
             bytes_per_token=self._bytes_per_token(),
             bytes_per_page=per_page,
             eos_token_ids=ends,
+            by_row=1,
         )
 
     def _bytes_per_token(self) -> int:

@@ -21,6 +21,7 @@ class ServeSettings:
     device: str = "auto"
     threads: int | None = None
     engine_process: bool | None = None  # engines in processes of their own; None: on a GPU
+    fast_batches: bool = False  # a GPU may let an answer depend on the others in its batch, for speed
     exact: bool = False
     context: int | None = None  # positions that a sequence may have; None: the model's
     kv_tokens: int | None = None  # positions that each model's cache holds

@@ -21,7 +21,7 @@ FILES = "/me/x/resolve/abc"
 
 def fetch(hub, path):
     """(content type, text) of a page."""
-    with urllib.request.urlopen(urllib.parse.urljoin(hub.url, path), timeout=60) as answer:
+    with urllib.request.urlopen(urllib.parse.urljoin(hub.url, path), timeout=120) as answer:
         return answer.headers["Content-Type"], answer.read()
 
 

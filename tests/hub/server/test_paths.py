@@ -79,7 +79,7 @@ def twice(text: str) -> str:
 
 def ask(hub, token, method, path, body=None):
     """(status, bytes); the path goes out as it is."""
-    link = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=60)
+    link = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=120)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     link.request(method, path, data, {"Authorization": f"Bearer {token}"})
     answer = link.getresponse()

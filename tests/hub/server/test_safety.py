@@ -50,7 +50,7 @@ def guarded(tmp_path_factory):
 
 def ask(hub, method, path, body=None, token=None, **headers):
     """(status, headers, bytes) of one request, its path sent as it is."""
-    connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=120)
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     more = {"Authorization": f"Bearer {token}"} if token else {}
     connection.request(method, path, data, {**more, **headers})

@@ -263,7 +263,7 @@ def test_a_link_in_the_folder_leads_nowhere(xorbs, tmp_path):
 
 
 def ask(hub, method, path, body=b"", token=""):
-    link = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=30)
+    link = http.client.HTTPConnection("127.0.0.1", hub.port, timeout=120)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     link.request(method, path, body, headers)
     answer = link.getresponse()

@@ -90,7 +90,7 @@ def test_a_cut_upload_and_a_hub_that_forgot(hub, client, tmp_path):
         while first.poll() is None and time.monotonic() < until and not raw_xorbs(hub, "cut"):
             time.sleep(0.01)
         first.send_signal(cut)
-        first.wait(60)
+        first.wait(240)
     upload(client, "cut", folder)
     repo = repository(hub, "cut")
     for lost in repo.folder.glob("xet/??/*"):

@@ -99,7 +99,7 @@ def test_a_pool_ends_its_threads_when_it_is_dropped() -> None:
     assert len(mine) == 3
     del pool
     for thread in mine:
-        thread.join(timeout=10)
+        thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in mine)
 
 

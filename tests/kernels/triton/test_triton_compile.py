@@ -27,5 +27,5 @@ def test_compiles(capability):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     shared = json.loads(run.stdout)
-    assert len(shared) == (44 if capability == 90 else 39)
+    assert len(shared) == (49 if capability == 90 else 39)
     assert max(shared.values()) <= LIMITS[capability]

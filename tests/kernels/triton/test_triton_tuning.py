@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
@@ -81,12 +82,18 @@ def test_shares_cover_all_tiles(monkeypatch, rows):
                 assert share.programs == share.tiles * cut.parts
 
 
-@pytest.mark.parametrize(("asked", "rows"), [("", 32), ("64", 64), ("1000", 128), ("many", 32)])
+@pytest.mark.parametrize(
+    ("asked", "rows"), [("", 32), ("64", 64), ("1000", 1000), ("all", sys.maxsize), ("many", 32)]
+)
 def test_rows_with_the_same_bits_alone_and_together(monkeypatch, asked, rows):
     monkeypatch.setenv(tuning.SAME_BITS, asked)
-    tuning.same_bits_up_to.cache_clear()
+    known = tuning.same_bits_up_to, tuning.same_bits_everywhere
+    for f in known:
+        f.cache_clear()
     assert tuning.same_bits_up_to() == rows
-    tuning.same_bits_up_to.cache_clear()
+    assert tuning.same_bits_everywhere() == (asked == "all")
+    for f in known:
+        f.cache_clear()
 
 
 def check_wide(linear, cut):
@@ -94,7 +101,7 @@ def check_wide(linear, cut):
     assert linear.rows % (packing.TILE * cut.warps * cut.tiles) == 0
     assert cut.parts <= -(-linear.columns // tuning.TURN)
     assert 1 <= cut.open <= cut.pieces * cut.tiles
-    assert cut.parts == 1 or not cut.stay
+    assert cut.parts == 1 or cut.stay <= 0
     assert cut.rows * cut.tiles <= 256, "a thread's registers hold the sums"
 
 

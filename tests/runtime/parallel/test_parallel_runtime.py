@@ -126,7 +126,7 @@ def test_ranks_end_with_the_runtime(llama: Path) -> None:
     (process,) = runtime._workers._processes
     del runtime  # without close, as a program that ends
     began = time.monotonic()
-    while process.poll() is None and time.monotonic() - began < 20:
+    while process.poll() is None and time.monotonic() - began < 120:
         time.sleep(0.05)
     assert process.returncode == 0
 

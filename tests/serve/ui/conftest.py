@@ -87,7 +87,7 @@ def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[...
     def open_page(address: str, width: int = 1280, height: int = 860, scheme: str = "light") -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(90_000)
         page.goto(address)
         page.get_by_role("tab", name="Model").wait_for()
         pages.append(page)

@@ -79,7 +79,7 @@ class EchoDesk:
         return EchoAnswer([" and", " so", " on"], params, self.pace)
 
 
-def wait_for(what: object, seconds: float = 10.0) -> None:
+def wait_for(what: object, seconds: float = 120.0) -> None:
     """Until `what()` is true."""
     assert callable(what)
     end = time.monotonic() + seconds

@@ -10,7 +10,7 @@ import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=90_000)
 pytestmark = pytest.mark.slow  # each starts a server; CI walks them once
 
 MODEL = "demo/echo"
@@ -24,6 +24,7 @@ def choose(page: Any, where: str, what: str) -> None:
     """Pick from a list."""
     page.locator(f"{where} input").click()
     page.get_by_role("option", name=what, exact=True).last.click()  # a list that has closed is still there
+    expect(page.locator(f"{where} input")).to_have_value(what)
 
 
 def load(page: Any) -> None:

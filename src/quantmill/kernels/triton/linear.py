@@ -40,7 +40,7 @@ class RunnableLinear:
     @classmethod
     def of(cls, tiled: TiledLinear) -> RunnableLinear:
         device = tiled.words.device
-        programs = max(tiled.rows // TILE * -(-tuning.MOST_FEW // 8), tuning.MOST_SHARED)
+        programs = max(tiled.rows // TILE * -(-tuning.MOST_COUNTED // 8), tuning.MOST_SHARED)
         return cls(tiled, torch.zeros(programs, dtype=torch.int32, device=device))
 
 
@@ -49,15 +49,28 @@ def matmul(x: Tensor, linear: RunnableLinear) -> Tensor:
     t, rows = linear.tiled, x.shape[0]
     if not has_gluon(x.device):
         return dense_product(x, t)
-    if rows > tuning.same_bits_up_to() and _wide_cut(x, linear) is not None:
+    same = rows <= tuning.same_bits_up_to()
+    if not same and _wide_cut(x, linear) is not None:
         return many_product(x, linear)
-    if rows <= tuning.MOST_FEW and usable("few", t, x.dtype, FEW_TRIED, few_product):
-        return few_product(x, linear)
+    if (same or rows <= tuning.MOST_FEW) and usable("few", t, x.dtype, FEW_TRIED, few_product):
+        return _few_blocks(x, linear)
     return many_product(x, linear)
 
 
+def _few_blocks(x: Tensor, linear: RunnableLinear) -> Tensor:
+    """`few_product` of any number of rows: every row has the bits it has alone."""
+    if x.shape[0] <= tuning.MOST_FEW:
+        return few_product(x, linear)
+    return torch.cat([few_product(block, linear) for block in torch.split(x, tuning.MOST_FEW)])
+
+
 def many_product(x: Tensor, linear: RunnableLinear) -> Tensor:
-    """The same for rows that come together anyway: a row's bits may depend on how many there are."""
+    """The same for rows that come together anyway: a row's bits may depend on how many there are.
+
+    Not where $QUANTMILL_SAME_BITS is `all`.
+    """
+    if tuning.same_bits_everywhere() and has_gluon(x.device):
+        return matmul(x, linear)
     cut = _wide_cut(x, linear)
     return dense_product(x, linear.tiled) if cut is None else wide_product(x, linear, cut)
 
@@ -71,21 +84,22 @@ def _wide_cut(x: Tensor, linear: RunnableLinear) -> WideCut | None:
     """How the kernel for many rows takes x; None: it cannot, it is slower, or it was wrong where it was tried."""
     t = linear.tiled
     cut = tuning.wide_cut(t, x.shape[0]) if has_wide(x.device) else None
-    if cut is None:
-        return None
+    if cut is None or _right(x, linear, cut):
+        return cut
+    simple = tuning.rule_wide(t, x.shape[0])
+    return simple if simple != cut and _right(x, linear, simple) else None
+
+
+def _right(x: Tensor, linear: RunnableLinear, cut: WideCut) -> bool:
+    """Whether a cut's product is a dense copy's, tried once for a cut and a shape of linear."""
+    t = linear.tiled
     key = ("wide", cut, t.shape, t.units, t.zeros is None, t.bias is None, x.dtype, x.device)
 
     def noise() -> Tensor:  # made when asked for: a captured CUDA graph allows no new generator
         generator = torch.Generator(x.device).manual_seed(0)
         return torch.randn(cut.rows + 3, x.shape[1], device=x.device, generator=generator).to(x.dtype)
 
-    right = agree(
-        key,
-        noise,
-        lambda x: wide_product(x, linear, cut),
-        lambda x: dense_product(x, t),
-    )
-    return cut if right else None
+    return agree(key, noise, lambda x: wide_product(x, linear, cut), lambda x: dense_product(x, t))
 
 
 def few_product(
@@ -263,6 +277,8 @@ def wide_product(x: Tensor, linear: RunnableLinear, cut: WideCut, *, early: bool
 
 
 def _wide_call(x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | None) -> tuple[Tensor, _Launch]:
+    if cut.stay == tuning.SIMPLE:
+        return _parts_call(x, linear, cut, early)
     from quantmill.kernels.triton.wide import wide_kernel
 
     t = linear.tiled
@@ -284,6 +300,30 @@ def _wide_call(x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | No
     return y, _Launch(wide_kernel, share.programs, arguments, options)
 
 
+def _parts_call(
+    x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | None
+) -> tuple[Tensor, _Launch]:
+    """The same by the kernel in parts.py."""
+    from quantmill.kernels.triton.parts import parts_kernel
+
+    t = linear.tiled
+    x = readable(x, t)
+    y = torch.empty(x.shape[0], t.out_features, dtype=x.dtype, device=x.device)
+    turns = t.rows // (TILE * cut.warps * cut.tiles) * -(-x.shape[0] // cut.rows)
+    assert cut.parts == 1 or turns <= linear.arrived.numel(), "the counters are made for so many tiles"
+    size = 0 if cut.parts == 1 else turns * cut.parts * TILE * cut.warps * cut.tiles * cut.rows
+    sums = x.new_empty(size, dtype=torch.float32) if size else t.scales
+    early = can_start_early(x.device) if early is None else early
+    halves, none = torch.int16, t.scales
+    arguments = (
+        _blocks_of(x, cut.rows, tuning.STEP), t.words.view(halves), t.scales.view(halves),
+        (none if t.zeros is None else t.zeros).view(halves), none if t.bias is None else t.bias, y, sums,
+        linear.arrived, x.shape[0], t.out_features, cut.parts,
+    )  # fmt: skip
+    options = _parts_constants(t, x.dtype, cut) | {"PDL": early} | ({"launch_pdl": True} if early else {})
+    return y, _Launch(parts_kernel, turns * cut.parts, arguments, options)
+
+
 def _blocks_of(x: Tensor, rows: int, columns: int) -> object:
     """x as the copy engine takes it: blocks of so many rows and columns, zeros beyond its edges."""
     from triton.experimental.gluon import language as gl
@@ -295,6 +335,8 @@ def _blocks_of(x: Tensor, rows: int, columns: int) -> object:
 def _wide_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[str, object]:
     """What the kernel is compiled for, but for PDL."""
     units = tuning.TURN // t.shape.columns
+    # two programs a multiprocessor, or one of twice the warps: registers are short
+    twice = cut.tiles == 1 and (cut.rows, cut.warps) in ((128, 8), (128, 16), (64, 8), (64, 16))
     return {
         "UNITS": t.units,
         "BITS": t.shape.bits,
@@ -306,12 +348,19 @@ def _wide_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[st
         "BT": cut.rows,
         "REPS": cut.tiles,
         "AHEAD": units,
-        "DEPTH": max(1, units // 2) if cut.rows == 128 else units,  # registers are short there
+        "DEPTH": max(1, units // 2) if twice and (cut.rows == 128 or t.shape.bits == 8) else units,
         "PIECES": cut.pieces,
         "OPEN": cut.open,
         "num_warps": cut.warps,
-        **({"maxnreg": 128} if (cut.rows, cut.warps, cut.tiles) == (128, 8, 1) else {}),  # two programs fit
+        **({"maxnreg": 128} if twice else {}),
     }
+
+
+def _parts_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[str, object]:
+    """The same of the kernel in parts.py."""
+    of_wide = _wide_constants(t, dtype, cut)
+    shared = {name: of_wide[name] for name in of_wide if name not in ("DEPTH", "maxnreg")}
+    return shared | {"SPLIT": cut.parts > 1, "STAGES": tuning.TURN // tuning.STEP}
 
 
 def slice_units(t: TiledLinear, slices: int) -> int:
@@ -395,8 +444,14 @@ def can_start_early(device: torch.device) -> bool:
 
 @functools.cache
 def has_wide(device: torch.device) -> bool:
-    """Whether the GPU has `wgmma`: compute capability 9.0."""
-    return has_gluon(device) and torch.cuda.get_device_capability(device)[0] == 9
+    """Whether the GPU has `wgmma`, compute capability 9.0, and this Triton the names for it."""
+    if not has_gluon(device) or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        from quantmill.kernels.triton import parts, wide  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def interpreted() -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,11 @@ from quantmill.types import Json
 # Most rows of x for which one cut of the kernel for few rows is used; the last serves any number.
 ROWS_OF_X = (2, 8, 16, 32)
 MOST_FEW = 128  # up to so many rows go there, and a row's bits do not depend on how many
-SAME_BITS = "QUANTMILL_SAME_BITS"  # so many rows, 32 unless set; above, the kernel for many rows goes first
+MOST_COUNTED = 256  # rows that it can take at once
+# so many rows, 32 unless set, or `all`; above, the kernel for many rows goes first
+SAME_BITS = "QUANTMILL_SAME_BITS"
+EVERYWHERE = "all"
+SIMPLE = -1  # WideCut.stay: by the kernel in parts.py
 MOST_STAGED = 64 << 10  # bytes of x in shared memory, by rule: fits every GPU
 # entries of the kernel for many rows
 WIDE_ROWS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -61,7 +66,7 @@ class WideCut:
     warps: int  # 4, 8 or 16
     tiles: int  # of 16 rows, of every warp
     parts: int  # of K: a program takes one part of one tile; 1 where programs stay
-    stay: int = 0  # programs of a multiprocessor that stay and share all tiles equally; 0: none do
+    stay: int = 0  # programs of a multiprocessor that stay and share all tiles equally; 0: none do; or SIMPLE
     pieces: int = 4  # of a block of columns, multiplied one after the other
     open: int = 3  # products that may be unfinished while the next weights are made
 
@@ -79,10 +84,18 @@ class Shares:
 def same_bits_up_to() -> int:
     """Rows of x up to which the kernel for few rows is used although that for many is there, which is faster.
 
-    32, or what $QUANTMILL_SAME_BITS says, 128 at most: a row has the same bits alone and in any batch of so many.
+    32, or what $QUANTMILL_SAME_BITS says: a row has the same bits alone and in any batch of so many.
     """
+    if same_bits_everywhere():
+        return sys.maxsize
     asked = os.environ.get(SAME_BITS, "")
-    return min(int(asked), MOST_FEW) if asked.isdigit() else 32
+    return int(asked) if asked.isdigit() else 32
+
+
+@functools.cache
+def same_bits_everywhere() -> bool:
+    """Whether $QUANTMILL_SAME_BITS is `all`: no product of a row depends on what comes with it, prompts neither."""
+    return os.environ.get(SAME_BITS) == EVERYWHERE
 
 
 def block_of(rows_of_x: int) -> int:
@@ -174,13 +187,13 @@ def rule_slices(linear: TiledLinear) -> tuple[int, int]:
 
 def rule_wide(linear: TiledLinear, rows_of_x: int) -> WideCut:
     """A cut that gives every multiprocessor a program, where K can be split so far. Its shapes ran on an H200."""
-    rows = next((b for b in (32, 64, 128) if rows_of_x <= b), 256)
+    rows, pieces, unfinished = next((b for b in ((64, 2, 2), (128, 2, 2)) if rows_of_x <= b[0]), (256, 4, 3))
     blocks, busy = -(-rows_of_x // rows), processors(linear.words.device)
     turns = linear.rows // (TILE * 8) * blocks
     parts, longest = 1, -(-linear.columns // TURN)
     while parts < 8 and 2 * parts <= longest and turns * parts * 2 <= busy * 1.1:
         parts *= 2
-    return WideCut(rows, 8, 1, parts)
+    return WideCut(rows, 8, 1, parts, SIMPLE, pieces, unfinished)
 
 
 def key_of(linear: TiledLinear) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quantmill.runtime.gpu import ops
+from quantmill.runtime.gpu.batches import step_sizes
 from quantmill.runtime.gpu.fused import can_fuse, fused_logits, fused_states, with_gains
 from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, Way, final_states, logits_of, whole
 from quantmill.runtime.gpu.projection import Projection
@@ -66,19 +68,20 @@ def prepared(model: Model, fused: bool) -> Model:
     if not fused or not can_fuse(model):
         return model
     ready = with_gains(model, sizes)
-    error = _fused_error(ready)
+    error, alike = _fused_error(ready)
     if error < FUSED_TOLERANCE:
-        return ready
+        return replace(ready, alike=alike)
     log.warning(
         "fused steps are off by %.2g on this GPU, so kernels run between the linears: report it", error
     )
     return model
 
 
-def _fused_error(model: Model) -> float:
+def _fused_error(model: Model) -> tuple[float, int]:
     """Relative difference of the logits of a few tokens, with kernels between the linears and without.
 
-    Infinite where they do not compile, or where a row's bits depend on how many rows there are.
+    Infinite where they do not compile, or where a row's bits depend on how many rows there are. And how many rows
+    a step may have for that.
     """
     from triton.errors import TritonError
 
@@ -87,14 +90,22 @@ def _fused_error(model: Model) -> float:
     wanted = logits_of(model, final_states(model, rows.tokens, FEW_ROWS, attention))
     try:
         found = fused_logits(model, *fused_states(model, rows.tokens, attention))
-        more = _repeated(rows)
-        all_found = fused_logits(model, *fused_states(model, more.tokens, _attention(model, more)))
+        alike = next((most for most in step_sizes() if _same_bits(model, rows, found, most)), 0)
     except TritonError as error:
         log.warning("fused steps do not compile here: %s", error)
-        return float("inf")
+        return float("inf"), 0
     off = float((found - wanted).norm() / wanted.norm())
+    return off if off == off and alike else float("inf"), alike
+
+
+def _same_bits(model: Model, rows: Rows, found: Tensor, most: int) -> bool:
+    """Whether the rows, repeated until there are so many, get the logits that they get alone."""
+    more = _repeated(rows, most // TOKENS)
+    all_found = fused_logits(model, *fused_states(model, more.tokens, _attention(model, more)))
     same = bool((all_found.view(-1, *found.shape) == found).all())
-    return off if off == off and same else float("inf")
+    if not same:
+        log.warning("%d rows have other bits than %d on this GPU: report it", most, len(found))
+    return same
 
 
 def _attention(model: Model, rows: Rows) -> RowsAttention:
@@ -103,9 +114,9 @@ def _attention(model: Model, rows: Rows) -> RowsAttention:
     return RowsAttention(rows, scratch, alone=False)
 
 
-def _repeated(rows: Rows) -> Rows:
-    """The same rows twice: each must get the bits that it gets alone."""
-    tokens, positions, lines = (t.repeat(2) for t in (rows.tokens, rows.positions, rows.sequences))
+def _repeated(rows: Rows, times: int) -> Rows:
+    """The same rows several times."""
+    tokens, positions, lines = (t.repeat(times) for t in (rows.tokens, rows.positions, rows.sequences))
     return Rows(tokens, positions, lines, rows.pages)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantmill.checkpoint import Checkpoint, open_checkpoint
 from quantmill.errors import BadRequest
 from quantmill.runtime.cpu.settings import Settings, read_settings
+from quantmill.runtime.gpu.batches import fast_batches
 from quantmill.runtime.gpu.checking import prepared
 from quantmill.runtime.gpu.layers import Model, logits_of
 from quantmill.runtime.gpu.memory import DTYPES, cache_bytes, make_caches, pages_for
@@ -156,13 +157,13 @@ class GpuRuntime:
         return results
 
     def _short(self, pieces: Sequence[Piece], logits: bool) -> Tensor:
-        """One row per token of all pieces, in batches of at most MOST_ROWS rows."""
+        """One row per token of all pieces, in steps of as many rows as have the same bits (batches.py)."""
         batches: list[list[Piece]] = [[]]
-        room = MOST_ROWS
+        room = self._steps.at_once
         for piece in pieces:
             if len(piece.tokens) > room:
                 batches.append([])
-                room = MOST_ROWS
+                room = self._steps.at_once
             batches[-1].append(piece)
             room -= len(piece.tokens)
         kept = [self._steps.run(b, logits).clone() for b in batches[:-1]]  # the next step overwrites it
@@ -253,7 +254,7 @@ def _facts(
     window = settings.windows[0] if len(windows) == 1 else 0
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     return RuntimeFacts(
-        name=f"{weights.embedding.device.type} {kind}",
+        name=f"{weights.embedding.device.type} {kind}" + (", fast batches" if fast_batches() else ""),
         vocab_size=settings.sizes.vocab,
         hidden_size=settings.sizes.hidden,
         context=context,
@@ -264,4 +265,5 @@ def _facts(
         bytes_per_token=weights.nbytes,
         bytes_per_page=bytes_per_page,
         eos_token_ids=end_tokens(checkpoint.folder),
+        by_row=SHORT,
     )

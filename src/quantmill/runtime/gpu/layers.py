@@ -34,6 +34,7 @@ class Model:
         Gains, ...
     ] = ()  # of all norms in their order, where steps can do without kernels between linears
     torch_prompts: bool = False  # whether torch's attention may serve prompts, where it is right
+    alike: int = 0  # rows of a fused step that have the same bits; 0: not known
     team: Team | None = None  # the ranks over which what o and down give is summed
 
 

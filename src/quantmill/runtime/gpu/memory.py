@@ -60,18 +60,16 @@ def _fitting(settings: Settings, kv_dtype: str, dtype: torch.dtype, device: torc
 def make_caches(
     settings: Settings, pages: int, kv_dtype: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[LayerCache, ...]:
-    """Zeros for every layer: places that nobody has written must be finite."""
+    """Zeros for every layer, in one piece of memory: places that nobody has written must be finite."""
     sizes = settings.sizes
-    shape = pages, sizes.kv_heads, PAGE, sizes.head_dim
+    shape = sizes.layers, 2, pages, sizes.kv_heads, PAGE, sizes.head_dim
     fp8 = kv_dtype == "fp8"
-
-    def vectors() -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.uint8 if fp8 else dtype, device=device)
-
-    def scales() -> torch.Tensor | None:
-        return torch.zeros(shape[:3], dtype=torch.float16, device=device) if fp8 else None
-
-    return tuple(LayerCache(vectors(), vectors(), scales(), scales()) for _ in range(sizes.layers))
+    vectors = torch.zeros(shape, dtype=torch.uint8 if fp8 else dtype, device=device)
+    scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device) if fp8 else None
+    return tuple(
+        LayerCache(keys, values, *((None, None) if scales is None else scales[i]))
+        for i, (keys, values) in enumerate(vectors)
+    )
 
 
 def cache_bytes(caches: Sequence[LayerCache]) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantmill.kernels.triton.tuning import same_bits_up_to, shared_memory
+from quantmill.kernels.triton.tuning import shared_memory
+from quantmill.runtime.gpu.batches import step_sizes
 from quantmill.runtime.gpu.launching import launch, power_of_two, starts_early
 from quantmill.runtime.gpu.tensors import Draws, Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.interface import PAGE
@@ -214,7 +215,7 @@ def attend_rows(
 
     number = rows.positions.shape[0]
     early = starts_early(qkv.device)
-    warps = ROW_WARPS if number <= same_bits_up_to() else MANY_WARPS
+    warps = ROW_WARPS if number <= step_sizes()[0] else MANY_WARPS
     rows_kernel[(PARTS, heads.kv, number)](
         qkv,
         qkv if heads.query_norm is None else heads.query_norm,

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantmill.kernels.triton.tuning import same_bits_up_to
 from quantmill.runtime.gpu import ops
+from quantmill.runtime.gpu.batches import SIZES, fast_batches
 from quantmill.runtime.gpu.fused import fused_logits, fused_states, normed
 from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, final_states, logits_of
 from quantmill.runtime.gpu.tensors import Rows, Scratch
@@ -87,6 +87,8 @@ class Steps:
         self.inputs = Inputs(lines, device)
         self._scratches: dict[int, Scratch] = {}  # by bucket, made when the first step of it is
         self.draws = ops.make_draws(MOST_ROWS, device)
+        self._alike = model.alike or SIZES[-1]  # rows of a step that have the same bits
+        self.at_once = MOST_ROWS if fast_batches() else self._alike
         self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         captured = device.type == "cuda" and (model.team is None or model.team.captured)
         self._pool = torch.cuda.graph_pool_handle() if captured else None
@@ -139,7 +141,7 @@ class Steps:
         if bucket not in self._scratches:
             self._scratches[bucket] = ops.make_scratch(bucket, self._model.heads[0], rows.tokens.device)
         attention = RowsAttention(rows, self._scratches[bucket], alone=kind in (Kind.ALONE, Kind.DRAWING))
-        if self._model.fused and bucket <= same_bits_up_to():
+        if self._model.fused and bucket <= self._alike:
             x, squares = fused_states(self._model, rows.tokens, attention)
             if kind is Kind.STATES:
                 return normed(self._model, x, squares)

@@ -29,6 +29,7 @@ from quantmill.runtime.gpu.projection import (
     unquantised,
 )
 from quantmill.runtime.gpu.selftest import Probe, probe
+from quantmill.runtime.gpu.settling import settled
 from quantmill.runtime.gpu.upload import EarlyUploader, Stored, Uploader
 from quantmill.types import PackedLinear
 
@@ -86,7 +87,7 @@ def read_weights(
         blocks, prefix = [], architecture_of(checkpoint.config).blocks_prefix
         for i in range(settings.sizes.layers):
             reader.ahead(f"{prefix}.{i}.", f"{prefix}.{i + 1}.")
-            blocks.append(_block(reader, f"{prefix}.{i}", settings))
+            blocks.append(settled(_block(reader, f"{prefix}.{i}", settings)))
         reader.ahead("lm_head.", "model.embed_tokens.")
         embedding = reader.send("model.embed_tokens.weight").to(dtype)
         head, norm = _head(reader, embedding), reader.floats("model.norm.weight")

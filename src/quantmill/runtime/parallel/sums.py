@@ -86,12 +86,17 @@ class OneShot:
 
     def __init__(self, store: Any, name: str, rank: int, size: int, device: torch.device) -> None:
         """name: of the group, new in every process. Raises RuntimeError where memory cannot be shared."""
+        from torch._C import _distributed_c10d
         from torch.distributed import _symmetric_memory
 
-        symmetric: Any = _symmetric_memory  # young, and not all in its type hints
+        native: Any = _distributed_c10d
+        symmetric: Any = _symmetric_memory  # both young, and not all in their type hints
         self._name = name
         self._room = symmetric.empty(ROOM, dtype=torch.uint8, device=device)
+        # Torch 2.10 looks the name up in the one table, later ones in the other, which does not keep the group.
         symmetric._SymmetricMemory.set_group_info(name, rank, size, store)
+        self._group = dist.ProcessGroup(store, rank, size)
+        native._register_process_group(name, self._group)
         self._handle = symmetric._SymmetricMemory.rendezvous(self._room, name)
         self._sum = torch.ops.symm_mem.one_shot_all_reduce_out
 

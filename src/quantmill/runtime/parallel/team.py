@@ -46,8 +46,7 @@ class Team:
             if nccl:
                 self._ways.insert(0, Nccl(dist.PrefixStore("sums", store), rank, size))
             if device.type == "cuda" and os.environ.get(SUMS) == "one-shot":
-                memory = dist.PrefixStore("memory", store)
-                self._ways.insert(0, OneShot(memory, str(folder), rank, size, device))
+                self._prefer_memory(dist.PrefixStore("memory", store), str(folder))
             self._talk.barrier().wait()
         self._captured = len(self._ways) > 1 and self._sums_in_graphs()
 
@@ -83,6 +82,17 @@ class Team:
         with self._told_of_loss():
             self._ways[-1].add_up(box)
         return [float(n) for n in box]
+
+    def _prefer_memory(self, store: Any, name: str) -> None:
+        """Small sums by memory that all ranks see, where all ranks can."""
+        try:
+            way = OneShot(store, name, self.rank, self.size, self.device)
+        except RuntimeError as error:
+            log.warning("%s=one-shot is left out, memory cannot be shared here: %s", SUMS, error)
+            self.least(0)
+        else:
+            if self.least(1):
+                self._ways.insert(0, way)
 
     def _sums_in_graphs(self) -> bool:
         """Try it: a graph of one sum. Raises QuantmillError where these GPUs do not add up at all."""

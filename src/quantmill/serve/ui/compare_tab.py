@@ -30,14 +30,11 @@ def build(room: Room) -> list[Any]:
         run = gr.Button("Compare", variant="primary", elem_id="compare-run", min_width=100)
         stop = gr.Button("Stop", variant="stop", elem_id="compare-stop", min_width=100)
     pickers, texts, facts = [], [], []
+    names = choices(room.desk.known())
     with gr.Row():
-        for side in SIDES:
+        for side, first in zip(SIDES, first_two(names), strict=True):
             with gr.Column(min_width=320):
-                pickers.append(
-                    gr.Dropdown(
-                        choices(room.desk.known()), value=None, label="Model", elem_id=f"compare-{side}"
-                    )
-                )
+                pickers.append(gr.Dropdown(names, value=first, label="Model", elem_id=f"compare-{side}"))
                 texts.append(
                     gr.Textbox(
                         lines=8,
@@ -55,7 +52,7 @@ def build(room: Room) -> list[Any]:
 
 
 def first_two(names: Sequence[str]) -> list[str | None]:
-    """What the choosers stand on when a page is opened."""
+    """What the choosers stand on in a new page."""
     return [names[i] if len(names) >= len(SIDES) else None for i in range(len(SIDES))]
 
 

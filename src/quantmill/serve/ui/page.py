@@ -85,7 +85,7 @@ def build(
         def opened() -> list[Any]:
             """What has changed since the page was built."""
             names = choices(desk.known())
-            lists = [gr.update(choices=names, value=name) for name in compare_tab.first_two(names)]
+            lists = [gr.update(choices=names)] * len(sides)  # somebody may have picked some meanwhile
             return [*model_tab.now(room, names), *lists, chat_tab.refresh(room), chat_tab.conversations(room)]
 
         blocks.load(opened, None, [pick, status, *sides, talk.model, talk.rooms], show_progress="hidden")
