@@ -55,9 +55,10 @@ lint: install
 
 check: lint test
 
-# One script per claim; the peers' scripts need environments of their own.
+# The README's tables; every other number stands in docs/ beside the command that prints it.
 bench: install
-	for script in $(filter-out benchmarks/peer_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/main_job.py
+	$(BIN)/python benchmarks/quality.py table benchmarks/quality_measured.jsonl
 
 constraints:
 	PYTHON=$(PYTHON) tools/constraints $(DATA_PACKAGES) $(ASIDE_PACKAGES)

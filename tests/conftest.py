@@ -3,6 +3,7 @@
 shared      the project's shared folder
 smol_gguf   SmolLM2-135M-Instruct as it is shipped
 smol        the same as a Transformers folder, converted once and kept in pytest's cache
+smol_cut    its first three blocks, as a Mistral-type model
 tiny_llama  a Transformers folder made here
 exact_products  quantised linears without the fast kernels' rounding
 """
@@ -52,6 +53,28 @@ def smol(smol_gguf: Path, pytestconfig: pytest.Config) -> Path:
     cache = pytestconfig.cache
     assert cache is not None
     return resolve(str(smol_gguf), cache_dir=cache.mkdir("quantmill"))
+
+
+@pytest.fixture(scope="session")
+def smol_cut(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral-type SmolLM2 with its first three blocks."""
+    from safetensors.torch import save_file
+
+    from quantmill.checkpoint import open_checkpoint
+    from quantmill.demo import as_mistral
+    from quantmill.files import write_json
+
+    whole = as_mistral(smol, tmp_path_factory.mktemp("real") / "whole")
+    folder = whole.with_name("cut")
+    folder.mkdir()
+    checkpoint = open_checkpoint(whole)
+    names = [n for n in checkpoint.tensors if not n.startswith("model.layers.") or int(n.split(".")[2]) < 3]
+    save_file({n: checkpoint.load(n) for n in names}, folder / "model.safetensors", metadata={"format": "pt"})
+    for file in whole.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    write_json(folder / "config.json", checkpoint.config | {"num_hidden_layers": 3})
+    return folder
 
 
 @pytest.fixture(scope="session")

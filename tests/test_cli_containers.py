@@ -43,7 +43,7 @@ def test_gptq_keeps_its_branches(format: str | None) -> None:
 def test_what_is_not_written_is_refused_with_what_is() -> None:
     with pytest.raises(BadRequest, match="--format exl2 is not written: use one of gptq, gptq_v2, awq"):
         in_container(CHOICE, "exl2")
-    with pytest.raises(UnsupportedModel, match="'IQ2_XXS': use Q4_1"):
+    with pytest.raises(UnsupportedModel, match="'IQ2_XXS': use gguf: and one of Q2_K"):
         in_container(CHOICE, "gguf:IQ2_XXS")
 
 
@@ -99,3 +99,7 @@ def test_convert_says_what_it_did(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "14 linears repacked as awq" in done.output
     assert "bit for bit" in done.output
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 0, again.output
+    refused = CliRunner().invoke(app, [*words[:3], "gptq_v2", *words[4:]])
+    assert "holds a model already, and not as gptq_v2" in str(refused.exception)

@@ -39,6 +39,7 @@ def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, 
         (("plan", "x", "--seqlen", "2"), "--seqlen"),
         (("quantize", "x"), "missing option '--out'"),
         (("eval", "x", "--contex", "9"), "--ctx"),
+        (("eval", "x", "--dataset", "t.txt"), "--dataset (here it is called --text); type"),
         (("hub", "--root", "x", "--port", "70000"), "65535"),
         (("generate", "x", "y", "--prompt", "z"), "y"),
     ],
@@ -150,7 +151,7 @@ def test_servers_tell_their_address_as_a_document(
 
     monkeypatch.setattr(serving, "serve", at)
     monkeypatch.setattr(serving, "log_to_stderr", lambda: None)
-    serving.serve_models((), ServeSettings(), False, Console(True))
+    serving.serve_models((), ServeSettings(), Console(True), ui=False)
     assert json.loads(capsys.readouterr().out) == {"url": "http://127.0.0.1:9", "models": []}
     monkeypatch.setattr(hub_command, "serve", at)
     hub_command.serve_hub(tmp_path, "127.0.0.1", 9, Console(True))

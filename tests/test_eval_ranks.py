@@ -59,7 +59,7 @@ def test_two_ranks_report_what_one_does(tiny_llama: Path, tmp_path: Path) -> Non
         )
         for r in range(2)
     ]
-    (said, err), (silent, _) = (p.communicate(timeout=300) for p in ranks)
+    (said, err), (silent, _) = (p.communicate(timeout=900) for p in ranks)
     assert [p.returncode for p in ranks] == [0, 0], err
     assert silent == ""
     protocol = Protocol(str(text), 32, 5, "cpu", 1, save=False)

@@ -13,33 +13,13 @@ from quantmill import demo
 from quantmill.checkpoint import open_checkpoint
 from quantmill.commands.making import Request, make
 from quantmill.console import Console
-from quantmill.demo import as_mistral
 from quantmill.doctor import check
 from quantmill.evaluate import evaluate
-from quantmill.files import write_json
 from quantmill.hub.variants import CARD_GRID, parse_variant
 from quantmill.runtime.load import load_model, load_tokenizer
 from quantmill.types import Variant
 
 pytestmark = pytest.mark.model
-
-
-@pytest.fixture(scope="module")
-def truncated(smol: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mistral-type SmolLM2 with its first three blocks."""
-    from safetensors.torch import save_file
-
-    whole = as_mistral(smol, tmp_path_factory.mktemp("real") / "whole")
-    folder = whole.with_name("cut")
-    folder.mkdir()
-    checkpoint = open_checkpoint(whole)
-    names = [n for n in checkpoint.tensors if not n.startswith("model.layers.") or int(n.split(".")[2]) < 3]
-    save_file({n: checkpoint.load(n) for n in names}, folder / "model.safetensors", metadata={"format": "pt"})
-    for file in whole.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    write_json(folder / "config.json", checkpoint.config | {"num_hidden_layers": 3})
-    return folder
 
 
 def request(source: Path, out: Path, *variants: Variant) -> Request:
@@ -59,14 +39,14 @@ def request(source: Path, out: Path, *variants: Variant) -> Request:
     )
 
 
-def test_the_four_branches(truncated: Path, tmp_path: Path) -> None:
-    made = make(request(truncated, tmp_path, *CARD_GRID), Console())
+def test_the_four_branches(smol_cut: Path, tmp_path: Path) -> None:
+    made = make(request(smol_cut, tmp_path, *CARD_GRID), Console())
     folders = {f.branch: f.folder for f in made.variants}
     assert list(folders) == [v.branch for v in CARD_GRID]
     assert (tmp_path / "loss_by_layer.png").stat().st_size > 1000
-    ids = torch.tensor(load_tokenizer(truncated)(Path(__file__).read_text() * 2)["input_ids"])
+    ids = torch.tensor(load_tokenizer(smol_cut)(Path(__file__).read_text() * 2)["input_ids"])
     models = {branch: load_model(folder, device="cpu") for branch, folder in folders.items()}
-    reports = evaluate(models, ids, original=load_model(truncated, device="cpu"), ctx=256, windows=4)
+    reports = evaluate(models, ids, original=load_model(smol_cut, device="cpu"), ctx=256, windows=4)
     kl = {branch: r.mean_kl for branch, r in reports.items()}
     assert all(check(folder).ok for folder in folders.values())
     main, fine, eight, finest = (kl[v.branch] for v in CARD_GRID)
@@ -81,8 +61,8 @@ def test_the_four_branches(truncated: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["2bit-64g-asym", "3bit-128g-grouped", "4bit--1g-noact"])
-def test_other_settings(variant: str, truncated: Path, tmp_path: Path) -> None:
-    made = make(request(truncated, tmp_path, parse_variant(variant)), Console())
+def test_other_settings(variant: str, smol_cut: Path, tmp_path: Path) -> None:
+    made = make(request(smol_cut, tmp_path, parse_variant(variant)), Console())
     folder = made.variants[0].folder
     assert check(folder).ok
     losses = [m.loss for m in made.variants[0].modules]

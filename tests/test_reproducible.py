@@ -72,9 +72,9 @@ def test_twice_the_same_bytes_and_nothing_private(tiny: tuple[Path, Path], tmp_p
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_a_real_model_twice(smol: Path, tmp_path: Path) -> None:
+def test_a_real_model_twice(smol_cut: Path, tmp_path: Path) -> None:
     words = ("--bits", 4, "--group-size", 64, "--dataset", "python-docs", "--samples", 4, "--seqlen", 128)
-    assert_same_bytes(*made_twice(smol, tmp_path, *words))
+    assert_same_bytes(*made_twice(smol_cut, tmp_path, *words))
 
 
 def test_a_manifest_lists_what_is_shown_and_follows_changes(tmp_path: Path) -> None:

@@ -75,6 +75,28 @@ def test_a_folder_beside_us_takes_a_branch_too(tmp_path: Path, monkeypatch: pyte
         resolve("out:other")
 
 
+def test_a_misspelt_branch_is_told_with_those_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model_folder(tmp_path / "out" / "main")
+    with pytest.raises(SourceNotFound, match=r"out/mian does not exist \(.*out holds main\)"):
+        resolve(str(tmp_path / "out" / "mian"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        SourceNotFound, match=r"no folder out/mian here \(out holds main\), and the hub is out"
+    ):
+        resolve("out/mian")
+    with pytest.raises(SourceNotFound, match=r"^mian does not exist; name"):
+        resolve("mian")
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), byte_level_tokenizer())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        BadRequest, match=r"file/sources cannot be made \(Not a directory\): set QUANTMILL_HOME"
+    ):
+        resolve(str(path), cache_dir=tmp_path / "file")
+
+
 def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path):
     (tmp_path / "Q8_0").mkdir()
     write_gguf(tmp_path / "Q8_0" / "tiny.Q8_0.gguf", tiny_model("llama"), byte_level_tokenizer())

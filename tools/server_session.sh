@@ -15,5 +15,5 @@ serve_load.mistral(folder)
 PY
 cd benchmarks || exit 1
 timeout 150 python3 serve_load.py "$folder" --device cuda --engine process thread --requests 256 \
-  --longest-prompt 512 --longest-answer 256 --half 100 --alone 4 --log "$TMPDIR/served.log"
+  --longest-prompt 512 --longest-answer 256 --half 100 --alone 32 --log "$TMPDIR/served.log"
 timeout 90 python3 engine_passes.py "$folder" --device cuda

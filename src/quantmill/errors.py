@@ -13,6 +13,8 @@
 A message says what was found, what is needed and what to type next, in one line.
 """
 
+import re
+
 
 class QuantmillError(Exception):
     """Something went wrong that the user cannot mend."""
@@ -56,3 +58,9 @@ class BadText(UserError):
 
 class CannotResume(UserError):
     """A work folder that belongs to another run, or to none."""
+
+
+def said_by(error: Exception, most: int = 100) -> str:
+    """A library's first sentence on a failure, for a line of ours: without the place in its source."""
+    first = re.sub(r"^\[?\S+\.(cc|cpp|cu|h|hpp):\d+\]\s*", "", str(error).strip()).partition("\n")[0]
+    return first.partition(". ")[0][-most:] or type(error).__name__

@@ -87,7 +87,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def full_disk_said(path: Path) -> Iterator[None]:
-    """Around what writes `path` and tells of a full disk in words alone, or not where: OSError with both instead."""
+    """Around what writes `path`: a full disk told in words alone, or not where, becomes OSError with both."""
     from safetensors import SafetensorError
 
     try:

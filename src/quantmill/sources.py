@@ -10,7 +10,6 @@ Opens no weights and knows no format; what lies in the folder is judged by check
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from quantmill.errors import BadRequest, SourceNotFound, UnsupportedModel
+from quantmill.files import cache_root, full_disk_said
 from quantmill.hub_errors import branches_of, in_our_words, listed
 
 Notify = Callable[[str], None]
@@ -64,9 +64,7 @@ def resolve(
     """
     if (path := _local(source)) is not None:
         file = _only_gguf(path) or path
-        return (
-            _file(file, _cache_root(cache_dir), notify or _silent, run) if file.is_file() else _folder(path)
-        )
+        return _file(file, cache_root(cache_dir), notify or _silent, run) if file.is_file() else _folder(path)
     name, branch = split_branch(source)
     if not _HUB_ID.fullmatch(source) or source.lower().endswith(".gguf"):
         raise SourceNotFound(
@@ -159,15 +157,6 @@ def _runs_packed(path: Path) -> bool:
     return runs_packed(path)
 
 
-def _cache_root(cache_dir: Path | None) -> Path:
-    """Where quantmill keeps what it can make again: $QUANTMILL_HOME, else the user's cache folder."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    if home := os.environ.get("QUANTMILL_HOME"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "quantmill"
-
-
 def _content_hash(path: Path) -> str:
     digest = hashlib.sha256(_CONVERSION)
     with path.open("rb") as file:
@@ -188,7 +177,8 @@ def _convert_into(target: Path, path: Path, notify: Notify, packed: bool) -> Non
             f"{target.parent} cannot be made ({error.strerror}): set QUANTMILL_HOME to a folder that you may "
             "write to"
         ) from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
+    work = tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-")
+    with full_disk_said(target.parent), work as temporary:
         made = Path(temporary) / "model"
         made.mkdir()
         (convert_packed if packed else convert)(path, made, notify)

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gptq_models import write_quantized
 from quantmill.checkpoint import open_checkpoint
@@ -57,6 +58,22 @@ def test_folders_hold_the_same_values(tmp_path: Path, config: QuantConfig, to: s
         assert torch.equal(opened.load(name), plain.load(name))
     for companion in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / companion).read_bytes() == (source / companion).read_bytes()
+
+
+@pytest.mark.parametrize("to", ["gptq", "gptq_v2", "compressed-tensors"])
+def test_symmetric_is_what_has_its_zero_points_in_the_middle(tmp_path: Path, to: str) -> None:
+    """AWQ has no label for it; a folder with other zero points stays asymmetric, and they come along."""
+    convert(make(tmp_path / "source", SYM), "awq", tmp_path / "awq", silent)
+    convert(tmp_path / "awq", to, tmp_path / "sym", silent)
+    assert open_checkpoint(tmp_path / "sym").quant_config.sym
+    source = make(tmp_path / "asym", ASYM)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.qzeros"] -= 0x11111111  # every zero point 7 instead of 8
+    save_file(tensors, source / "model.safetensors")
+    convert(source, to, tmp_path / "out", silent)
+    assert not open_checkpoint(tmp_path / "out").quant_config.sym
+    before, after = weights(source), weights(tmp_path / "out")
+    assert all(torch.equal(before[m], after[m]) for m in before)
 
 
 def test_what_was_said_of_the_files_as_they_were_is_not_taken_along(tmp_path: Path) -> None:
@@ -144,6 +161,13 @@ def test_gguf_read_back_gives_the_same_model(tmp_path: Path, family: str) -> Non
         wanted = load_model(source, device="cpu")(IDS).logits
         got = load_model(back, device="cpu")(IDS).logits
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)  # fp16 weights there
+
+
+def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
+    (tmp_path / "models.gguf").mkdir()
+    made = convert(make(tmp_path / "source", SYM), "gguf", tmp_path / "models.gguf", silent).path
+    assert made == tmp_path / "models.gguf" / "source.Q4_0.gguf"
+    assert made.is_file()
 
 
 def test_asymmetric_gguf_says_what_is_rounded(tmp_path: Path) -> None:

@@ -159,6 +159,8 @@ def test_names() -> None:
     assert mix_name("q4_k") == "Q4_K_M"
     with pytest.raises(UnsupportedModel, match="no GGUF type or mix 'Q9'"):
         mix_name("Q9")
+    with pytest.raises(UnsupportedModel, match="no GGUF type is named: use gguf: and one of Q2_K, Q2_K_S, "):
+        mix_name("")
     assert all(formats.TYPES[m.base] for m in MIXES.values())
 
 

@@ -68,9 +68,16 @@ def test_preset_best_fits_16_gb_of_gpu_and_12_gb_of_host_memory() -> None:
     assert host_bytes(one, way) <= 12 * GB
 
 
+def test_a_way_of_preset_best_that_ran_out_of_memory_is_not_taken_again() -> None:
+    """In 16 GB, one variant started again for each group did not fit on an H200; 14.55 GB were planned."""
+    one = load_of(MISTRAL_7B, CARD_GRID[:1], 128, 2048, "cuda", (True,))
+    assert gpu_peak(one, RESIDENCES[1]) > 16 * GB
+    assert choose(one, "cuda", vram=16 * GB, ram=12 * GB).name == "host"
+
+
 def test_four_branches_of_preset_best_share_their_states_between_gpu_and_host() -> None:
     four = load_of(MISTRAL_7B, CARD_GRID, 128, 2048, "cuda", [v.config.bits < 8 for v in CARD_GRID])
-    way = choose(four, "cuda", vram=16 * GB, ram=12 * GB)
+    way = choose(four, "cuda", vram=20 * GB, ram=12 * GB)
     assert way.name == "shared"
     on_gpu, on_host = states_bytes(four, way)
     assert on_gpu == 2 * 4096 * sum(four.tokens)
@@ -83,6 +90,7 @@ MEASURED = (  # benchmarks/gpu_quantize.py on one H200: variants, preset best, t
     (4, False, "resident", 48.71e9),
     (1, False, "rerun", 10.58e9),
     (1, True, "resident", 95.21e9),
+    (4, True, "resident", 100.84e9),
 )
 
 
@@ -97,28 +105,23 @@ def test_what_was_measured_is_predicted_within_a_tenth(
     assert predicted == pytest.approx(taken + GPU_BASE, rel=0.1)
 
 
-WHOLE = (  # benchmarks/gpu_quantize_whole.py on one H200: variants, preset best, --max-vram, what the process held
-    (4, False, None, 54.20e9),
+WHOLE = (  # benchmarks/gpu_quantize_whole.py on one H200: variants, preset best, GB allowed, what the process held
+    (4, False, 139, 54.20e9),
+    (4, True, 139, 106.54e9),
+    (1, False, 16, 11.85e9),
 )
 
 
 @pytest.mark.parametrize(("variants", "best", "vram", "held"), WHOLE)
-def test_what_a_whole_process_held_is_predicted_within_a_tenth(
-    variants: int, best: bool, vram: int | None, held: float
+def test_what_a_whole_process_held_is_predicted_within_a_twentieth(
+    variants: int, best: bool, vram: int, held: float
 ) -> None:
     chosen = CARD_GRID[:variants]
-    sizes = load_of(MISTRAL_7B, chosen, 128, 2048, "cuda", [best and v.config.bits < 8 for v in chosen])
-    way = choose(sizes, "cuda", vram=vram, ram=None)
-    assert gpu_peak(sizes, way, vram) == pytest.approx(held, rel=0.1)
-
-
-def test_a_limit_is_held_by_giving_back_what_lies_between_tensors() -> None:
-    way = choose(load(), "cuda", vram=14 * GB, ram=None)
-    need = gpu_bytes(load(), way)
-    assert need < 14 * GB < gpu_peak(load(), way)
-    assert gpu_peak(load(), way, 14 * GB) == 14 * GB
-    assert gpu_peak(load(), way, 139 * GB) == gpu_peak(load(), way) < 1.1 * need
-    assert gpu_peak(load(), way, need) == need
+    paired = [best and v.config.bits < 8 for v in chosen]
+    sizes = load_of(MISTRAL_7B, chosen, 128, 2048, "cuda", paired)
+    way = choose(sizes, "cuda", vram=vram * GB, ram=None)
+    assert gpu_peak(sizes, way) == pytest.approx(held, rel=0.05)
+    assert host_bytes(sizes, way) == pytest.approx(4.2e9, rel=0.1), "3.83, 4.32, 4.22 GB were resident"
 
 
 def test_groups_are_what_is_solved_as_one() -> None:

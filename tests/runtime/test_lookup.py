@@ -106,11 +106,16 @@ def test_pauses_grow_until_a_guess_is_right():
             guessed_at.append(token)
             pace.seen(3, 0)
     assert guessed_at == [0, 1, 6, 7, 16, 17, 34, 35, 52, 53]  # pauses of 4, 8, 16, 16 tokens
+
+
+def test_a_guess_that_paid_makes_up_for_one_that_did_not():
+    pace = Pace(Guessing(patience=1, pause=4))
     pace.seen(3, 3)
     assert pace.most == Guessing().most
-    for _ in range(2):
-        pace.seen(7, 0)
+    pace.seen(7, 0)
     assert pace.most == Guessing().least
+    assert not pace.rests()
+    pace.seen(3, 0)
     assert [pace.rests() for _ in range(5)] == [True] * 4 + [False]
 
 

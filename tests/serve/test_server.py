@@ -19,7 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from quantmill.commands import serving
+from quantmill.console import Console
 from quantmill.errors import BadRequest, QuantmillError
+from quantmill.runtime.gpu.batches import BATCHES
 from quantmill.serve.bandwidth import measure, measured
 from quantmill.serve.logs import JsonLines
 from quantmill.serve.server import open_model
@@ -34,6 +37,16 @@ def get(port: int, path: str, key: str | None = None) -> tuple[int, bytes]:
     bearer = f"Authorization: Bearer {key}\r\n" if key else ""
     head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{bearer}\r\n"
     return exchange(port, head.encode())
+
+
+@pytest.mark.parametrize(("asked", "word"), [(True, "fast"), (False, "")])
+def test_fast_batches_are_asked_for_by_name(asked: bool, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the environment, because engines and ranks are processes of their own."""
+    monkeypatch.setenv(BATCHES, "")
+    monkeypatch.setattr(serving, "serve", lambda *_, **__: None)
+    monkeypatch.setattr(serving, "log_to_stderr", lambda: None)
+    serving.serve_models((), ServeSettings(fast_batches=asked), False, Console(True))
+    assert os.environ[BATCHES] == word
 
 
 def test_curl(start: Start) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import typer
 
-from quantmill.files import UNFINISHED
+from quantmill.files import FULL, UNFINISHED
 
 # Typer brings a Click of its own and exports the leaf alone.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _CURES = {
-    errno.ENOSPC: "make room, or name another disk; quantize goes on with --resume",
-    errno.EDQUOT: "make room, or name another disk; quantize goes on with --resume",
+    errno.ENOSPC: "make room, or name another disk",
+    errno.EDQUOT: "make room, or name another disk",
     errno.EFBIG: "that file system takes no file of such a size: name another disk",
     errno.EROFS: "name a folder that you may write to",
     errno.EACCES: "name another, or mend its rights",
@@ -33,6 +33,18 @@ _CURES = {
 }
 
 
+# What has another name in a neighbouring command.
+_OTHER_NAMES = {
+    ("eval", "--dataset"): "--text",
+    ("eval", "--seqlen"): "--ctx",
+    ("eval", "--samples"): "--windows",
+    ("quantize", "--text"): "--dataset",
+    ("quantize", "--ctx"): "--seqlen",
+    ("quantize", "--group"): "--group-size",
+    ("generate", "--max-tokens"): "--max-new-tokens",
+    ("chat", "--max-tokens"): "--max-new-tokens",
+}
+
 _GOES_ON = {
     "quantize": " (the same command with --resume goes on)",
     **dict.fromkeys(("demo", "download", "publish"), " (the same command goes on)"),
@@ -46,6 +58,8 @@ def usage_line(error: Exception) -> str:
         return message
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "quantmill"
+    if other := _OTHER_NAMES.get((command.rpartition(" ")[2], str(getattr(error, "option_name", "")))):
+        message = f"no such option: {getattr(error, 'option_name', '')} (here it is called {other})"
     return f"quantmill: {message[:1].lower()}{message[1:]}; type {command} --help"
 
 
@@ -55,7 +69,8 @@ def system_line(error: OSError) -> str | None:
     if cure is None:
         return None
     place = f"{_known(str(error.filename))}: " if error.filename else ""
-    return f"quantmill: {place}{error.strerror}: {cure}"
+    goes_on = _goes_on() if error.errno in FULL else ""
+    return f"quantmill: {place}{error.strerror}: {cure}{goes_on}"
 
 
 def _known(name: str) -> str:
@@ -67,4 +82,8 @@ def _known(name: str) -> str:
 
 def interrupted_line() -> str:
     """What is left after Ctrl-C."""
-    return f"quantmill: interrupted{_GOES_ON.get(''.join(sys.argv[1:2]), '')}"
+    return f"quantmill: interrupted{_goes_on()}"
+
+
+def _goes_on() -> str:
+    return _GOES_ON.get("".join(sys.argv[1:2]), "")

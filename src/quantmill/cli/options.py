@@ -50,6 +50,16 @@ Dataset = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="calibration blocks")]
 Seqlen = Annotated[int, typer.Option(min=8, help="tokens per block")]
 
+# How answers are drawn.
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="the longest answer, in tokens")]
+Temperature = Annotated[float, typer.Option(help="0: greedy; more: more surprising")]
+TopP = Annotated[
+    float, typer.Option(help="draw from the likeliest tokens that hold this probability; 1: all")
+]
+TopK = Annotated[int, typer.Option(help="draw from so many of the likeliest tokens; 0: all")]
+RepetitionPenalty = Annotated[float, typer.Option(help="more than 1: avoid what was said; 1: do not")]
+DrawSeed = Annotated[int | None, typer.Option(help="draws the same answer again; default: another each time")]
+
 # What `quantize` alone takes.
 Out = Annotated[Path, typer.Option(help="a folder; each variant becomes a folder in it, named by branch")]
 TrueSequential = Annotated[bool, typer.Option(help="each linear sees its quantised predecessors")]
@@ -72,3 +82,45 @@ Resume = Annotated[bool, typer.Option("--resume", help="go on where an interrupt
 MaxVram = Annotated[str | None, typer.Option(help="GPU memory that may be taken, e.g. 16GB")]
 MaxRam = Annotated[str | None, typer.Option(help="host memory that may be taken, e.g. 12GB")]
 Events = Annotated[Path | None, typer.Option(help="write a line of JSON for every event there")]
+
+# What `serve` alone takes.
+Served = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="folders, .gguf files, owner/name or owner/name:branch; NAME=SOURCE gives another name"
+    ),
+]
+Host = Annotated[str, typer.Option(help="the address to listen on; others than loopback need a key")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: a free one")]
+ApiKeys = Annotated[
+    list[str] | None, typer.Option(envvar="QUANTMILL_API_KEY", help="may ask the models; repeatable")
+]
+AdminKeys = Annotated[
+    list[str] | None,
+    typer.Option(envvar="QUANTMILL_ADMIN_KEY", help="may load and drop models, too; repeatable"),
+]
+NoAuth = Annotated[bool, typer.Option("--no-auth", help="let everybody in who reaches the address")]
+WebUi = Annotated[bool, typer.Option("--ui", help="the web UI, too (needs quantmill[ui])")]
+KvTokens = Annotated[int | None, typer.Option(min=64, help="tokens that a model's cache holds")]
+Memory = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="GB that all models may take; default: 80 % of the device's"),
+]
+MaxWaiting = Annotated[int, typer.Option(min=1, help="requests that may wait; then 429")]
+MaxConcurrent = Annotated[int, typer.Option(min=1, help="requests under way; then 429")]
+EngineProcess = Annotated[
+    bool | None,
+    typer.Option(
+        "--engine-process/--engine-thread",
+        help="run a model beside the server or inside it; default: beside it on a GPU",
+        show_default=False,
+    ),
+]
+FastBatches = Annotated[
+    bool,
+    typer.Option(
+        "--fast-batches",
+        help="on a GPU: faster with more than 32 answers at once, but what an answer says may then depend on "
+        "the others",
+    ),
+]

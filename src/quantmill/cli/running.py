@@ -17,9 +17,15 @@ from quantmill.cli.options import (
     Context,
     CpuExact,
     Device,
+    DrawSeed,
+    MaxNewTokens,
     Model,
+    RepetitionPenalty,
+    Temperature,
     TensorParallel,
     Threads,
+    TopK,
+    TopP,
 )
 from quantmill.console import Console
 from quantmill.types import SamplingParams
@@ -29,12 +35,12 @@ from quantmill.types import SamplingParams
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="what to answer")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = SAMPLING.max_new_tokens,
-    temperature: Annotated[float, typer.Option(help="0: greedy")] = SAMPLING.temperature,
-    top_p: float = SAMPLING.top_p,
-    top_k: int = SAMPLING.top_k,
-    repetition_penalty: float = SAMPLING.repetition_penalty,
-    seed: int | None = None,
+    max_new_tokens: MaxNewTokens = SAMPLING.max_new_tokens,
+    temperature: Temperature = SAMPLING.temperature,
+    top_p: TopP = SAMPLING.top_p,
+    top_k: TopK = SAMPLING.top_k,
+    repetition_penalty: RepetitionPenalty = SAMPLING.repetition_penalty,
+    seed: DrawSeed = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="continue the text as it is, without the chat template")
     ] = False,
@@ -73,9 +79,9 @@ def generate(
 @app.command()
 def chat(
     model: Model,
-    temperature: float = SAMPLING.temperature,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = SAMPLING.max_new_tokens,
-    seed: int | None = None,
+    temperature: Temperature = SAMPLING.temperature,
+    max_new_tokens: MaxNewTokens = SAMPLING.max_new_tokens,
+    seed: DrawSeed = None,
     device: Device = "auto",
     threads: Threads = None,
     cpu_exact: CpuExact = False,

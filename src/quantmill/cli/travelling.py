@@ -30,7 +30,7 @@ def publish(
     from quantmill.commands.publishing import publish_folder
 
     console = Console(as_json)
-    console.document(publish_folder(folder, name, endpoint, private, dry_run, console))
+    console.document(publish_folder(folder, name, endpoint, console, private=private, dry_run=dry_run))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from quantmill.types import Json
 
 
 def publish_folder(
-    folder: Path, name: str, endpoint: str | None, private: bool, dry_run: bool, console: Console
+    folder: Path, name: str, endpoint: str | None, console: Console, *, private: bool, dry_run: bool
 ) -> Json:
     """Publish, or say what would be. Returns the JSON document."""
     from huggingface_hub import HfApi

@@ -14,7 +14,7 @@ from quantmill.serve.server import Mount, make_service, serve
 from quantmill.serve.settings import ServeSettings
 
 
-def serve_models(models: Sequence[str], settings: ServeSettings, ui: bool, console: Console) -> None:
+def serve_models(models: Sequence[str], settings: ServeSettings, console: Console, *, ui: bool) -> None:
     """Serve until a signal comes. The first model is loaded before the first request, the others when asked for."""
     mount = _ui() if ui else None
     if settings.fast_batches:

@@ -15,7 +15,7 @@ from quantmill.errors import BadRequest, UnsupportedModel
 from quantmill.files import atomic_folder, write_json
 from quantmill.formats import awq, compressed
 from quantmill.formats.dialects import is_mixed
-from quantmill.formats.gptq import config_to_json, is_sequential, pack, unpack
+from quantmill.formats.gptq import config_to_json, is_sequential, pack, unpack, unpack_zeros
 from quantmill.packed import SUFFIXES
 from quantmill.types import ActOrder, CheckpointFormat, Json, PackedLinear, QuantConfig
 from quantmill.weights import save_tensors
@@ -45,7 +45,7 @@ def write_folder(
         raise UnsupportedModel(
             f"{checkpoint.folder.name} has parameters per module: convert it to gguf instead"
         )
-    row, config = FOLDERS[to], checkpoint.quant_config
+    row, config = FOLDERS[to], _config_of(checkpoint)
     with atomic_folder(out) as folder:
         save_tensors(folder, _tensors(checkpoint, row, config, advance))
         quant = row.config(config, checkpoint)
@@ -64,6 +64,21 @@ def copy_companions(source: Path, folder: Path) -> None:
         skipped = file.name in NOT_COPIED or file.name.endswith(WEIGHT_ENDINGS) or file.name.startswith(".")
         if file.is_file() and not skipped:
             shutil.copyfile(file, folder / file.name)
+
+
+def _config_of(checkpoint: Checkpoint) -> QuantConfig:
+    """The folder's parameters, symmetric where every zero point is the middle one.
+
+    AWQ and GGUF files have no such label, and some readers of the others take symmetric files only.
+    """
+    config = checkpoint.quant_config
+    middle = all(_is_middle(checkpoint.packed(m)) for m in checkpoint.quantized_modules())
+    return replace(config, sym=True) if middle else config
+
+
+def _is_middle(packed: PackedLinear) -> bool:
+    zeros = unpack_zeros(packed.qzeros, packed.bits, packed.out_features, packed.checkpoint_format)
+    return bool((zeros == 2 ** (packed.bits - 1)).all())
 
 
 def _tensors(

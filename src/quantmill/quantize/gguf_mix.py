@@ -96,7 +96,8 @@ def mix_name(name: str) -> str:
     """The row's own name for what a user typed. Raises UnsupportedModel, naming the rows."""
     found = SYNONYMS.get(name.upper(), name.upper())
     if found not in MIXES:
-        raise UnsupportedModel(f"there is no GGUF type or mix {name!r}: use {', '.join(MIXES)}")
+        fault = f"there is no GGUF type or mix {name!r}" if name else "no GGUF type is named"
+        raise UnsupportedModel(f"{fault}: use gguf: and one of {', '.join(sorted(MIXES))}")
     return found
 
 

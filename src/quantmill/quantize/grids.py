@@ -10,7 +10,6 @@ Two implementations with one signature: torch (any device, the slow twin) and nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +34,6 @@ ASYM_V1 = Grid("asym-v1", (1.0,), free_zero=True, lowest_zero=1)
 
 # Shrink factors tried, per bits: coarse grids gain from clipping a lot, fine ones hardly at all.
 SHRINK = {2: (0.30, 1.10, 41), 3: (0.40, 1.10, 36), 4: (0.50, 1.10, 31), 8: (0.90, 1.02, 13)}
-
-Fit = Callable[[Tensor, Tensor, int, Grid, Tensor], tuple[Tensor, Tensor]]
 
 
 def shrink_factors(bits: int) -> Tensor:

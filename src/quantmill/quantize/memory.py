@@ -17,8 +17,8 @@ from quantmill.types import Json, Variant
 LANE_TOKENS = {"cpu": 4096, "cuda": 16384}  # tokens that run through a block at once
 GPU_BASE = 600 << 20  # the driver's context and the libraries' work space
 CPU_BASE = 900 << 20  # Python, torch, Transformers, numba, their buffers, the calibration text
-HOST_BASE = 2 << 30  # the same with a GPU's libraries
-GPU_HOLES = 0.1  # torch holds between tensors, a share of what they take: measured with four variants of a 7B
+HOST_BASE = 2458 << 20  # the same with a GPU's libraries
+GPU_HOLES = 0.07  # what torch holds between tensors, a share of what they take
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def states_bytes(load: Load, residence: Residence) -> tuple[int, int]:
 
 
 def gpu_bytes(load: Load, residence: Residence) -> int:
-    """GPU memory that a run needs: what tensors take at the worst moment, and the driver's part."""
+    """What tensors take of a GPU at the worst moment, and the driver's part."""
     states, _ = states_bytes(load, residence)
     block = 4 * load.weights  # as stored, and what taps multiply with
     lane = load.lane_tokens * (16 * load.hidden + 12 * load.intermediate)
@@ -113,19 +113,15 @@ def gpu_bytes(load: Load, residence: Residence) -> int:
     held = 2 * (held + 4 * load.hidden) if load.two_streams else held
     waiting = load.waiting * held if residence.waiting else 0
     beside = load.lane_tokens * held // 2 if load.two_streams and not residence.waiting else 0
-    matrices, stacks = (30, 44) if load.two_streams else (30, 24)  # bytes per element of K x K and of N x K
+    matrices, stacks = (43, 44) if load.two_streams else (30, 24)  # bytes per element of K x K and of N x K
     solving = max(matrices * k * k + stacks * n * k for n, k in load.groups)
     return GPU_BASE + states + block + waiting + max(lane + beside, solving)
 
 
-def gpu_peak(load: Load, residence: Residence, vram: int | None = None) -> int:
-    """GPU memory that the process holds at its worst moment, what lies free between its tensors included.
-
-    torch gives that back before it goes beyond `vram` bytes, so a run needs `gpu_bytes` only.
-    """
+def gpu_peak(load: Load, residence: Residence) -> int:
+    """GPU memory that the process holds at its worst moment, what lies free between its tensors included."""
     need = gpu_bytes(load, residence)
-    held = need + round(GPU_HOLES * (need - GPU_BASE))
-    return held if vram is None else max(need, min(held, vram))
+    return need + round(GPU_HOLES * (need - GPU_BASE))
 
 
 def host_bytes(load: Load, residence: Residence) -> int:
@@ -152,7 +148,7 @@ def choose(load: Load, device: str, *, vram: int | None, ram: int | None) -> Res
     if device == "cpu":
         need = [(r, 0, cpu_bytes(load, r)) for r in ways]
     else:
-        need = [(r, gpu_bytes(load, r), host_bytes(load, r)) for r in ways]
+        need = [(r, gpu_peak(load, r), host_bytes(load, r)) for r in ways]
     for residence, on_gpu, on_host in need:
         if (vram is None or on_gpu <= vram) and (ram is None or on_host <= ram):
             return residence

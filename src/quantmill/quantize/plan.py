@@ -19,7 +19,7 @@ from quantmill.quantize.memory import choose, cpu_bytes, gpu_peak, host_bytes, l
 from quantmill.quantize.presets import recipe_of
 from quantmill.types import Json, QuantConfig, Variant
 
-HEADER = 96  # bytes a tensor costs in a safetensors header, about
+HEADER = 128  # bytes a tensor costs in a safetensors header, at most but for very long names
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def plan(
                 config=v.config,
                 size_bytes=size_bytes(config, v.config),
                 bits_per_weight=bits_per_weight(config, v.config),
-                peak_vram_bytes=gpu_peak(on_gpu, way, max_vram),
+                peak_vram_bytes=gpu_peak(on_gpu, way),
                 peak_host_bytes=host_bytes(on_gpu, way),
                 peak_ram_bytes=ram,
                 seconds=operations(dims, shapes, tokens, seqlen) / flops_per_second,

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantmill.errors import BadRequest, UserError
+from quantmill.errors import BadRequest, UserError, said_by
 from quantmill.types import IntLinear
 
 CURE = (
-    "start again, with as many processes as there are; quantize has kept finished blocks and goes on with "
-    "--resume"
+    "start again, with any number of processes; quantize has kept finished blocks and goes on with --resume"
 )
 PATIENCE = datetime.timedelta(minutes=30)  # rank 0 may write this long before others give it up
 
@@ -180,5 +179,4 @@ def _told_of_loss(ranks: Ranks) -> Iterator[None]:
         yield
     except RuntimeError as e:  # torch.distributed raises subclasses of it, gloo the class itself
         _answer_sigterm(signal.SIG_IGN)  # this process ends by itself
-        reason = str(e).strip().splitlines()[0].partition(". ")[0][-100:]
-        raise RankLost(f"rank {ranks.rank} of {ranks.size} lost the others ({reason}): {CURE}") from e
+        raise RankLost(f"rank {ranks.rank} of {ranks.size} lost the others ({said_by(e)}): {CURE}") from e

@@ -25,7 +25,8 @@ class Guessing:
     least: int = 3  # tokens guessed at once where the last guess was not right ...
     most: int = 7  # ... and where it was: with the one before them, a pass of 8 rows
     worth: int = 2  # a guess of which fewer were right did not pay
-    patience: int = 1  # after so many guesses in a row that did not pay ...
+    patience: int = 1  # after so many guesses that did not pay, more than those before them that did ...
+    trust: int = 3  # (of those that did, at most so many count)
     pause: int = 32  # ... so many tokens pass without a guess, twice as many each time until one pays
     longest_pause: int = 256
 
@@ -54,7 +55,8 @@ class Pace:
             return
         self.most = self._guessing.most if right == guessed else self._guessing.least
         if right >= min(self._guessing.worth, guessed):
-            self._wrong, self._pause = 0, self._guessing.pause
+            self._wrong = max(min(self._wrong, 0) - 1, -self._guessing.trust)
+            self._pause = self._guessing.pause
             return
         self._wrong += 1
         if self._wrong >= self._guessing.patience:

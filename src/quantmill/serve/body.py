@@ -64,7 +64,9 @@ def _said(where: str, kind_of_error: str, message: str, kind: type[BaseModel]) -
 async def _read(request: Request, limit: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a form on a strange web page cannot send
-        raise Refusal(415, f"the content type is {kind[:80] or 'missing'}; application/json is needed")
+        raise Refusal(
+            415, f"the content type is {kind[:80] or 'missing'}: send Content-Type: application/json"
+        )
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit + PASSED_OVER:
         raise _too_large(limit)

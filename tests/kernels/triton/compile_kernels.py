@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from quantmill.kernels.triton import linear, tuning
+from quantmill.kernels.triton import linear, many, tuning
 from quantmill.kernels.triton.expand import dense_kernel
 from quantmill.kernels.triton.few import few_kernel
 from quantmill.kernels.triton.held import held_kernel
@@ -88,11 +88,11 @@ def held(capability: int, tiled: TiledLinear, end: int):
 def parts(tiled: TiledLinear, rows: int, dtype: torch.dtype):
     from triton.experimental.gluon import language as gl
 
-    cut = tuning.rule_wide(tiled, rows)
+    cut = tuning.simple_wide(rows)
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
     x = f"tensordesc<{name}[{cut.rows}, {tuning.STEP}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
     types = {"x": x, "y": f"*{name}", "words": "*i16", "scales": "*i16", "zeros": "*i16"}
-    constants = linear._parts_constants(tiled, dtype, cut) | {"HAS_BIAS": True, "SPLIT": True, "PDL": True}
+    constants = many.parts_constants(tiled, dtype, cut) | {"HAS_BIAS": True, "SPLIT": True, "PDL": True}
     return compiled(parts_kernel, constants, 90, types)
 
 
@@ -106,7 +106,7 @@ def wide(tiled: TiledLinear, rows: int, dtype: torch.dtype):
     y = f"tensordesc<{name}[{min(cut.rows, 64)}, {16 * cut.warps}],{lines}>"
     types = {"x": x, "y": y, "words": "*i16", "scales": "*i16", "zeros": "*i16"}
     extra = {"HAS_BIAS": True, "PDL": True}
-    return compiled(wide_kernel, linear._wide_constants(tiled, dtype, cut) | extra, 90, types)
+    return compiled(wide_kernel, many.wide_constants(tiled, dtype, cut) | extra, 90, types)
 
 
 def dense(capability: int, tiled: TiledLinear, name: str):

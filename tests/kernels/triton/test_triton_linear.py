@@ -14,9 +14,9 @@ from quantmill.types import CheckpointFormat, QuantConfig
 
 pytest.importorskip("triton.language", reason="triton is not installed")
 
-from quantmill.kernels.triton import linear, packing, tuning
+from quantmill.kernels.triton import linear, many, packing, tuning
 from quantmill.kernels.triton.ends import Gated, Norm, Plain, Residual, gated_order
-from quantmill.kernels.triton.tuning import Cut
+from quantmill.kernels.triton.tuning import Cut, WideCut
 
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no GPU here: the interpreter would take hours")
@@ -102,6 +102,29 @@ def test_many_rows_go_through_a_dense_copy(device, shuffled, monkeypatch):
     monkeypatch.setattr(tuning, "MOST_FEW", 4)
     packed, weight = make(160, 32, group=32, shuffled=shuffled, bias=True, device=device)
     check(packed, weight, 5)
+
+
+@pytest.mark.parametrize(
+    ("cut", "programs"),
+    [
+        (WideCut(64, 8, 1, 2), 4),
+        (WideCut(64, 8, 1, 1, 1), 1),
+        (tuning.simple_wide(70), 1),
+        (WideCut(64, 8, 1, 2, tuning.SIMPLE, 2, 2), 4),
+    ],
+)
+def test_a_launch_for_many_rows_gives_its_kernel_all_it_takes(monkeypatch, cut, programs):
+    monkeypatch.setattr(tuning, "processors", lambda device: 1)
+    packed, _ = make(512, 128)
+    runnable = linear.RunnableLinear.of(packing.tile(packed))
+    y, launch = many.wide_call(torch.randn(70, 512).half(), runnable, cut, True)
+    assert y.shape == (70, 128)
+    assert launch.programs == programs
+    of_triton = {"num_warps", "maxnreg", "launch_pdl"}
+    assert launch.kernel.arg_names[len(launch.arguments) :] == [
+        name for name in launch.kernel.arg_names if name in set(launch.options) - of_triton
+    ]
+    assert set(launch.options) <= of_triton | set(launch.kernel.arg_names)
 
 
 def test_slices_begin_where_groups_do_or_the_other_way_round():
@@ -291,7 +314,7 @@ def test_the_kernel_for_many_rows(device, monkeypatch, bits, group, sym, dtype, 
         pytest.skip("no wgmma here")
     packed, weight = make(k, 512, bits, group, sym=sym, bias=True, device=device)
     runnable = linear.RunnableLinear.of(packing.tile(packed))
-    shares = ((1, 0), (3, 0), (1, 1), (1, 2))  # parts of K, or programs that stay
+    shares = ((1, 0), (3, 0), (1, 1), (1, 2), (1, tuning.SIMPLE), (3, tuning.SIMPLE))  # parts of K, who stays
     for rows, processors, (parts, stay) in itertools.product((17, 65, 300), (132, 3), shares):
         monkeypatch.setattr(tuning, "processors", lambda device, n=processors: n)
         x = torch.randn(rows, k, device=device).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 pytest.importorskip("triton.language", reason="triton is not installed")
 
+from triton.compiler.errors import CompilationError
 from triton.errors import TritonError
 
 from quantmill.formats.gptq import dequantize
@@ -18,6 +20,7 @@ from quantmill.kernels.triton import linear, packing, proof
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch):
     monkeypatch.setattr(proof, "_faults", {})
+    monkeypatch.setattr(proof, "_unknown", {})
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,21 @@ def test_two_ways_are_compared_once_for_a_key(caplog):
             assert not proof.agree(("wide", 2), sample, lambda x: -x, lambda x: x)
     assert len(calls) == 2
     assert "'wide' is not used for (2,): its result is wrong by 2" in caplog.text
+
+
+def test_a_source_that_this_triton_does_not_take_is_tried_and_named_once(caplog):
+    calls = []
+
+    def refused(x):
+        calls.append(1)
+        raise CompilationError("", ast.Pass(lineno=1, col_offset=0), "another type in one branch")
+
+    with caplog.at_level(logging.WARNING):
+        for cut in range(3):
+            assert not proof.agree(("wide", cut), lambda: torch.ones(1), refused, lambda x: x)
+    assert len(calls) == 1
+    assert caplog.text.count("'wide' is not used: it does not compile with this triton") == 1
+    assert proof.agree(("few", 1), lambda: torch.ones(1), lambda x: x, lambda x: x), "other paths are"
 
 
 def test_what_was_not_tried_is_not_used_while_a_graph_is_captured(monkeypatch):

@@ -75,7 +75,7 @@ def test_shares_cover_all_tiles(monkeypatch, rows):
             assert share.tiles == linear.rows // (16 * cut.warps * cut.tiles) * -(-rows // cut.rows)
             assert share.shared <= min(share.tiles, tuning.MOST_SHARED)
             assert share.programs <= (share.shared or share.tiles) * turns, "no program is without a turn"
-            if cut.stay:
+            if cut.stay > 0:
                 assert (share.tiles - share.shared) % share.programs == 0
                 assert share.programs <= 132 * cut.stay
             else:

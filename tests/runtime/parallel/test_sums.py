@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantmill.runtime.parallel import team as teams
 from quantmill.runtime.parallel.sums import ROOM, OneShot
 from quantmill.runtime.parallel.team import Team
 
@@ -55,3 +56,26 @@ def test_one_shot_takes_what_fits_and_is_aligned(count: int, fits: bool) -> None
     part: Any = SimpleNamespace(numel=lambda: count, device=torch.device("cuda"))
     assert one_shot.takes(part) is fits
     assert not one_shot.takes(torch.empty(4096)), "a processor's are added up there"
+
+
+def test_memory_is_shared_by_all_ranks_or_by_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where one rank cannot, the others must not wait for it in a sum."""
+
+    def opened(store: Any, name: str, rank: int, size: int, device: torch.device) -> str:
+        if name == "one cannot" and rank == 1:
+            raise RuntimeError("no peer access")
+        return name
+
+    monkeypatch.setattr(teams, "OneShot", opened)
+
+    def run(rank: int) -> list[Any]:
+        team = Team(tmp_path, rank, 2, CPU, nccl=False)
+        team._prefer_memory(None, "one cannot")
+        team._prefer_memory(None, "all can")
+        return [way for way in team._ways if isinstance(way, str)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [["all can"]] * 2
+    assert "one-shot is left out, memory cannot be shared here: no peer access" in caplog.text

@@ -60,13 +60,17 @@ def test_a_run_that_cannot_start_says_why(form: Form, tmp_path: Path) -> None:
 def test_a_stopped_run_goes_on_from_its_last_event(form: Form, tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.start(replace(form, variants=("4bit-32g", "8bit-32g")))
-    wait_for(lambda: run.progress().losses, 240)
+    wait_for(lambda: len(run.progress().losses) > 7, 240)  # a block is done
     run.stop()
     assert run.progress().state == "stopped"
     run.start(replace(form, variants=("4bit-32g", "8bit-32g")), resume=True)
     wait_for(lambda: not run.running, 240)
     end = run.progress()
     assert (end.state, len(end.finished)) == ("finished", 2), end.remarks
+    assert len(end.losses) == 2 * 2 * 7  # those of the first run, too
+    run.start(replace(form, variants=("4bit-32g",)), resume=True)  # another form: nothing is known of it
+    wait_for(lambda: not run.running, 240)
+    assert not run.progress().losses
 
 
 def test_half_a_line_of_the_events_file_is_left_for_later(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def create_repository(call: Call) -> Answer:
         raise bad("this hub holds models only")
     name = f"{asked.get('organization') or call.account.name}/{asked.get('name')}"
     try:
-        call.store.create(name, call.account, _asks_private(asked))
+        call.store.create(name, call.account, private=_asks_private(asked))
     except Refusal as refusal:
         if refusal.status == 409:
             refusal.url = f"{call.base}/{name}"

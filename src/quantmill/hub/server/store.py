@@ -111,7 +111,7 @@ class Store:
         if not account.may_write:
             raise Refusal(403, "this token may read only: ask for one that may write")
 
-    def create(self, name: str, account: Account, private: bool) -> None:
+    def create(self, name: str, account: Account, *, private: bool) -> None:
         """A new repository with one commit on main. Raises Refusal: 409 where it exists."""
         self.may_write(account)
         if private and self.accounts.open:

@@ -86,14 +86,15 @@ def _wide_cut(x: Tensor, linear: RunnableLinear) -> WideCut | None:
     cut = tuning.wide_cut(t, x.shape[0]) if has_wide(x.device) else None
     if cut is None or _right(x, linear, cut):
         return cut
-    simple = tuning.rule_wide(t, x.shape[0])
+    simple = tuning.simple_wide(x.shape[0])
     return simple if simple != cut and _right(x, linear, simple) else None
 
 
 def _right(x: Tensor, linear: RunnableLinear, cut: WideCut) -> bool:
     """Whether a cut's product is a dense copy's, tried once for a cut and a shape of linear."""
     t = linear.tiled
-    key = ("wide", cut, t.shape, t.units, t.zeros is None, t.bias is None, x.dtype, x.device)
+    path = "simple wide" if cut.stay == tuning.SIMPLE else "wide"
+    key = (path, cut, t.shape, t.units, t.zeros is None, t.bias is None, x.dtype, x.device)
 
     def noise() -> Tensor:  # made when asked for: a captured CUDA graph allows no new generator
         generator = torch.Generator(x.device).manual_seed(0)
@@ -127,12 +128,14 @@ def warm(x: Tensor, linear: RunnableLinear, cut: Cut | WideCut) -> None:
     if isinstance(cut, Cut):
         _, launch = _few_call(x, linear, None, None, cut, None)
     else:
-        _, launch = _wide_call(x, linear, cut, None)
+        from quantmill.kernels.triton.many import wide_call
+
+        _, launch = wide_call(x, linear, cut, None)
     launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.options)
 
 
 @dataclass(frozen=True, slots=True)
-class _Launch:
+class Launch:
     """A kernel and all that it is called with."""
 
     kernel: Any
@@ -147,7 +150,7 @@ class _Launch:
 
 def _few_call(
     x: Tensor, linear: RunnableLinear, end: End | None, norm: Norm | None, cut: Cut | None, early: bool | None
-) -> tuple[Tensor, _Launch]:
+) -> tuple[Tensor, Launch]:
     t = linear.tiled
     x = readable(x, t)
     rows = x.shape[0]
@@ -187,22 +190,22 @@ def _few_call(
     )
 
 
-def _going(programs: int, arguments: tuple[object, ...], options: dict[str, object]) -> _Launch:
+def _going(programs: int, arguments: tuple[object, ...], options: dict[str, object]) -> Launch:
     from quantmill.kernels.triton.few import few_kernel
 
-    return _Launch(few_kernel, programs, arguments, options)
+    return Launch(few_kernel, programs, arguments, options)
 
 
 def _staying(
     t: TiledLinear, cut: Cut, programs: int, arguments: tuple[object, ...], options: dict[str, object]
-) -> _Launch:
+) -> Launch:
     """The same by programs that take one block of rows after the other. x is one block."""
     from quantmill.kernels.triton.held import held_kernel
 
     span = cut.parts if cut.split else 1
     blocks = t.rows // (TILE * cut.beside * cut.tiles)
     at_once = max(1, tuning.processors(t.words.device) * cut.stay // span) * span
-    return _Launch(held_kernel, min(programs, at_once), (*arguments, blocks), staying_constants(options))
+    return Launch(held_kernel, min(programs, at_once), (*arguments, blocks), staying_constants(options))
 
 
 def staying_constants(options: Mapping[str, object]) -> dict[str, object]:
@@ -271,96 +274,11 @@ def _constants(t: TiledLinear, x: Tensor, cut: Cut) -> dict[str, int | bool]:
 
 def wide_product(x: Tensor, linear: RunnableLinear, cut: WideCut, *, early: bool | None = None) -> Tensor:
     """The product for many rows on compute capability 9.0. x (M, K); gives (M, N) in x's dtype."""
-    y, launch = _wide_call(x, linear, cut, early)
+    from quantmill.kernels.triton.many import wide_call
+
+    y, launch = wide_call(x, linear, cut, early)
     launch.run()
     return y
-
-
-def _wide_call(x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | None) -> tuple[Tensor, _Launch]:
-    if cut.stay == tuning.SIMPLE:
-        return _parts_call(x, linear, cut, early)
-    from quantmill.kernels.triton.wide import wide_kernel
-
-    t = linear.tiled
-    x = readable(x, t)
-    y = torch.empty(x.shape[0], t.out_features, dtype=x.dtype, device=x.device)
-    share = tuning.shares(t, x.shape[0], cut)
-    assert share.shared <= linear.arrived.numel(), "the counters are made for so many tiles"
-    size = 2 * share.programs * TILE * cut.warps * cut.tiles * cut.rows if share.shared else 0
-    sums = x.new_empty(size, dtype=torch.float32) if size else t.scales.view(torch.float32)
-    early = can_start_early(x.device) if early is None else early
-    halves, none = torch.int16, t.scales
-    arguments = (
-        _blocks_of(x, cut.rows, tuning.STEP), t.words.view(halves), t.scales.view(halves),
-        (none if t.zeros is None else t.zeros).view(halves), none if t.bias is None else t.bias,
-        _blocks_of(y, min(cut.rows, 64), TILE * cut.warps), sums, linear.arrived, x.shape[0], t.out_features,
-        share.tiles, share.shared,
-    )  # fmt: skip
-    options = _wide_constants(t, x.dtype, cut) | {"PDL": early} | ({"launch_pdl": True} if early else {})
-    return y, _Launch(wide_kernel, share.programs, arguments, options)
-
-
-def _parts_call(
-    x: Tensor, linear: RunnableLinear, cut: WideCut, early: bool | None
-) -> tuple[Tensor, _Launch]:
-    """The same by the kernel in parts.py."""
-    from quantmill.kernels.triton.parts import parts_kernel
-
-    t = linear.tiled
-    x = readable(x, t)
-    y = torch.empty(x.shape[0], t.out_features, dtype=x.dtype, device=x.device)
-    turns = t.rows // (TILE * cut.warps * cut.tiles) * -(-x.shape[0] // cut.rows)
-    assert cut.parts == 1 or turns <= linear.arrived.numel(), "the counters are made for so many tiles"
-    size = 0 if cut.parts == 1 else turns * cut.parts * TILE * cut.warps * cut.tiles * cut.rows
-    sums = x.new_empty(size, dtype=torch.float32) if size else t.scales
-    early = can_start_early(x.device) if early is None else early
-    halves, none = torch.int16, t.scales
-    arguments = (
-        _blocks_of(x, cut.rows, tuning.STEP), t.words.view(halves), t.scales.view(halves),
-        (none if t.zeros is None else t.zeros).view(halves), none if t.bias is None else t.bias, y, sums,
-        linear.arrived, x.shape[0], t.out_features, cut.parts,
-    )  # fmt: skip
-    options = _parts_constants(t, x.dtype, cut) | {"PDL": early} | ({"launch_pdl": True} if early else {})
-    return y, _Launch(parts_kernel, turns * cut.parts, arguments, options)
-
-
-def _blocks_of(x: Tensor, rows: int, columns: int) -> object:
-    """x as the copy engine takes it: blocks of so many rows and columns, zeros beyond its edges."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x, [rows, columns], gl.NVMMASharedLayout(128, 16, 2))
-
-
-def _wide_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[str, object]:
-    """What the kernel is compiled for, but for PDL."""
-    units = tuning.TURN // t.shape.columns
-    # two programs a multiprocessor, or one of twice the warps: registers are short
-    twice = cut.tiles == 1 and (cut.rows, cut.warps) in ((128, 8), (128, 16), (64, 8), (64, 16))
-    return {
-        "UNITS": t.units,
-        "BITS": t.shape.bits,
-        "GROUP_PLANES": t.shape.group_planes,
-        "HAS_ZERO": t.zeros is not None,
-        "HAS_BIAS": t.bias is not None,
-        "BF16": dtype == torch.bfloat16,
-        "WARPS": cut.warps,
-        "BT": cut.rows,
-        "REPS": cut.tiles,
-        "AHEAD": units,
-        "DEPTH": max(1, units // 2) if twice and (cut.rows == 128 or t.shape.bits == 8) else units,
-        "PIECES": cut.pieces,
-        "OPEN": cut.open,
-        "num_warps": cut.warps,
-        **({"maxnreg": 128} if twice else {}),
-    }
-
-
-def _parts_constants(t: TiledLinear, dtype: torch.dtype, cut: WideCut) -> dict[str, object]:
-    """The same of the kernel in parts.py."""
-    of_wide = _wide_constants(t, dtype, cut)
-    shared = {name: of_wide[name] for name in of_wide if name not in ("DEPTH", "maxnreg")}
-    return shared | {"SPLIT": cut.parts > 1, "STAGES": tuning.TURN // tuning.STEP}
 
 
 def slice_units(t: TiledLinear, slices: int) -> int:

@@ -1,7 +1,8 @@
-"""The kernel for many rows of x as it first ran: a program takes one part of K of one tile.
+"""The kernel for many rows of x in its simple form: a program takes one part of K of one tile, and is done.
 
-It stands in for wide.py's where that one is wrong or does not compile, and is slower: sums of parts are kept in
-rows, 8 bytes a thread, results leave by plain stores. Columns are summed in their order: a row of x has the same
+The faster form where a program takes all of K: results leave by plain stores and nothing stays in shared memory for
+them. Where K is split wide.py's is faster: here sums are kept in rows, 8 bytes a thread. It also stands in for
+wide.py's where that one is wrong or does not compile. Columns are summed in their order: a row of x has the same
 bits whatever rows come with it, and in blocks of any size, as long as PARTS is the same. Compute capability 9.0.
 Knows no tuning.
 """

@@ -22,6 +22,7 @@ LOG = logging.getLogger(__name__)
 TOLERANCE = 0.01  # of the norm: far above rounding, far below a wrong result
 Product = Callable[[Tensor], Tensor]
 _faults: dict[tuple[object, ...], str | None] = {}
+_unknown: dict[object, str] = {}  # paths whose source this Triton does not take, whatever the cut
 
 
 def usable(
@@ -45,25 +46,34 @@ def usable(
 def agree(key: tuple[object, ...], sample: Callable[[], Tensor], found: Product, wanted: Product) -> bool:
     """Whether `found(x)` is `wanted(x)` for x = sample(), tried once for a key, whose first part is a path's name.
 
-    While a CUDA graph is captured nothing can be tried: what was not tried before is not used.
+    While a CUDA graph is captured nothing can be tried: what was not tried before is not used. A path whose source
+    this Triton does not take is tried, and named in the log, once.
     """
+    if key[0] in _unknown:
+        return False
     if key not in _faults:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return False
-        _faults[key] = _difference(sample(), found, wanted)
-        if _faults[key] is not None:
+        _faults[key] = _difference(sample(), found, wanted, key[0])
+        if key[0] in _unknown:
+            LOG.warning("the GPU's path %r is not used: %s", key[0], _faults[key])
+        elif _faults[key] is not None:
             LOG.warning("the GPU's path %r is not used for %s: %s", key[0], key[1:], _faults[key])
     return _faults[key] is None
 
 
-def _difference(x: Tensor, found: Product, wanted: Product) -> str | None:
-    """Why a product is not trusted, or None."""
+def _difference(x: Tensor, found: Product, wanted: Product, path: object = None) -> str | None:
+    """Why a product is not trusted, or None. `path`: kept where it cannot be compiled with any cut."""
+    from triton.compiler.errors import CompilationError
     from triton.errors import TritonError
 
     try:
         y = found(x)
     except TritonError as error:  # a Triton older or newer than the kernels know
-        return f"it does not compile with this triton ({type(error).__name__})"
+        fault = f"it does not compile with this triton ({type(error).__name__})"
+        if isinstance(error, CompilationError) and path is not None:
+            _unknown[path] = fault
+        return fault
     right = wanted(x).float()
     wrong = float((y.float() - right).norm() / right.norm())
     return None if wrong < TOLERANCE else f"its result is wrong by {wrong:.2g}: report it"

@@ -108,6 +108,8 @@ def wide_candidates(linear: TiledLinear, rows_of_x: int) -> Iterator[WideCut]:
             split = parts == 1 or (tiles * parts <= 2.5 * busy and tiles <= tuning.MOST_SHARED)
             if parts <= longest and busy / 2 <= tiles * parts and split:
                 yield WideCut(rows, warps, 1, parts)
+        if (rows, warps) in ((64, 8), (128, 8), (256, 8)) and tiles > busy / 2:
+            yield tuning.simple_wide(rows)
         for stay in (1, 2):
             if (rows, warps, stay) != (256, 8, 2) and tiles > busy / 2:
                 yield WideCut(rows, warps, 1, 1, stay)

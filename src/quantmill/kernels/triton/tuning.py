@@ -30,12 +30,17 @@ MOST_COUNTED = 256  # rows that it can take at once
 # so many rows, 32 unless set, or `all`; above, the kernel for many rows goes first
 SAME_BITS = "QUANTMILL_SAME_BITS"
 EVERYWHERE = "all"
-SIMPLE = -1  # WideCut.stay: by the kernel in parts.py
+SIMPLE = -1  # WideCut.stay: by the kernel in parts.py, the faster one where a program takes all of K
 MOST_STAGED = 64 << 10  # bytes of x in shared memory, by rule: fits every GPU
 # entries of the kernel for many rows
 WIDE_ROWS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 MOST_WIDE = {2: 4096, 3: 4096, 4: 4096, 8: 512}  # by bits: rows that it takes where nothing was measured
 MOST_SHARED = 1024  # tiles that several programs share
+SIMPLE_SHAPES = (
+    (64, 2, 2),
+    (128, 2, 2),
+    (256, 4, 3),
+)  # rows of x, pieces, unfinished products: what won on an H200
 STEP, TURN = 64, 256  # columns that it takes at once, and that it has asked for
 
 
@@ -148,7 +153,7 @@ def wide_takes(linear: TiledLinear) -> bool:
 def shares(linear: TiledLinear, rows_of_x: int, cut: WideCut) -> Shares:
     """Programs and tiles. Programs that stay share what is no whole round of them, and one round more."""
     tiles = linear.rows // (TILE * cut.warps * cut.tiles) * -(-rows_of_x // cut.rows)
-    if not cut.stay:
+    if cut.stay <= 0:
         return Shares(tiles * cut.parts, tiles, tiles if cut.parts > 1 else 0)
     turns = tiles * -(-linear.columns // TURN)
     programs = min(processors(linear.words.device) * cut.stay, turns)
@@ -187,13 +192,19 @@ def rule_slices(linear: TiledLinear) -> tuple[int, int]:
 
 def rule_wide(linear: TiledLinear, rows_of_x: int) -> WideCut:
     """A cut that gives every multiprocessor a program, where K can be split so far. Its shapes ran on an H200."""
-    rows, pieces, unfinished = next((b for b in ((64, 2, 2), (128, 2, 2)) if rows_of_x <= b[0]), (256, 4, 3))
+    rows = next((b for b in (64, 128) if rows_of_x <= b), 256)
     blocks, busy = -(-rows_of_x // rows), processors(linear.words.device)
     turns = linear.rows // (TILE * 8) * blocks
     parts, longest = 1, -(-linear.columns // TURN)
     while parts < 8 and 2 * parts <= longest and turns * parts * 2 <= busy * 1.1:
         parts *= 2
-    return WideCut(rows, 8, 1, parts, SIMPLE, pieces, unfinished)
+    return WideCut(rows, 8, 1, parts) if parts > 1 else simple_wide(rows_of_x)
+
+
+def simple_wide(rows_of_x: int) -> WideCut:
+    """The cut of the kernel in parts.py that takes all of K."""
+    rows, pieces, unfinished = next((b for b in SIMPLE_SHAPES if rows_of_x <= b[0]), SIMPLE_SHAPES[-1])
+    return WideCut(rows, 8, 1, 1, SIMPLE, pieces, unfinished)
 
 
 def key_of(linear: TiledLinear) -> str:

@@ -67,10 +67,17 @@ class Pieces:
             self._graphs[key] = self._captured(*key)
         found = self._graphs.get(key)
         if found is None:
-            return self._last(rows, *_graphs_start(key[1]))
+            return self._eager(key)
         graph, logits = found
         graph.replay()
         return logits.clone()  # the next piece overwrites it
+
+    def _eager(self, key: tuple[int, bool]) -> Tensor:
+        """A pass without a graph. What a first one took is given back: the next of its length is a graph."""
+        logits = self._last(key[0], *_graphs_start(key[1]))
+        if self._seen[key] == 1:
+            torch.cuda.empty_cache()
+        return logits
 
     def _captured(self, rows: int, by_torch: bool) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
         """A pass as a graph; None where it cannot be one."""

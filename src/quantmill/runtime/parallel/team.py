@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from quantmill.errors import QuantmillError
+from quantmill.errors import QuantmillError, said_by
 from quantmill.runtime.parallel.sums import Nccl, OneShot, OnHost, Sums
 
 dist: Any = torch.distributed  # its groups and stores are not in its type hints
@@ -119,9 +119,8 @@ class Team:
         try:
             yield
         except RuntimeError as e:  # torch.distributed raises subclasses of it, gloo the class itself
-            reason = str(e).strip().splitlines()[0].partition(". ")[0][-100:]
             raise RankLost(
-                f"rank {self.rank} of {self.size} lost another of this model's ranks ({reason}): start again"
+                f"rank {self.rank} of {self.size} lost another of this model's ranks ({said_by(e)}): start again"
             ) from e
 
 

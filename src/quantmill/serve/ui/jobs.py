@@ -56,6 +56,9 @@ class Form:
             raise BadRequest("no variant is chosen: tick one, or type one such as 4bit-64g")
 
 
+Loss = tuple[str, int, str, float]  # branch, block, kind of linear, relative loss
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a run is."""
@@ -63,7 +66,7 @@ class Progress:
     state: str  # idle, running, stopped, failed, finished
     done: int = 0
     total: int = 0
-    losses: tuple[tuple[str, int, str, float], ...] = ()  # branch, block, kind of linear, relative loss
+    losses: tuple[Loss, ...] = ()
     finished: tuple[tuple[str, str, int], ...] = ()  # branch, folder, bytes
     remarks: str = ""
 
@@ -76,6 +79,8 @@ class Run:
         self._process: subprocess.Popen[str] | None = None
         self._remarks: list[str] = []
         self._stopped = False
+        self._form: Form | None = None  # what the last run was asked for
+        self._earlier: tuple[Loss, ...] = ()  # of that run's blocks, where it was gone on with
         self._lock = threading.Lock()
 
     @property
@@ -89,6 +94,8 @@ class Run:
             if self.running:
                 raise BadRequest("a run is on: stop it first")
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._earlier = self._losses(_read(self._events)) if resume and form == self._form else ()
+            self._form = form
             self._events.unlink(missing_ok=True)
             command = [sys.executable, "-m", "quantmill.cli", "quantize", *arguments]
             command += ["--events", str(self._events), *(["--resume"] if resume else [])]
@@ -118,14 +125,19 @@ class Run:
         events = _read(self._events)
         started = next((e for e in events if e["event"] == "started"), None)
         total = started["blocks"] * started["modules_per_block"] * len(started["branches"]) if started else 0
-        losses = tuple(_loss(e) for e in events if e["event"] == "solved")
+        solved = sum(e["event"] == "solved" for e in events)
         per_block = started["modules_per_block"] if started else 0
         again = sum(per_block for e in events if e["event"] == "block" and e["resumed"])
         finished = tuple(
             (e["branch"], e["folder"], e["size_bytes"]) for e in events if e["event"] == "finished"
         )
         remarks = "\n".join(self._remarks[-LAST_LINES:])
-        return Progress(self._state(), len(losses) + again, total, losses, finished, remarks)
+        return Progress(self._state(), solved + again, total, self._losses(events), finished, remarks)
+
+    def _losses(self, events: Sequence[dict[str, Any]]) -> tuple[Loss, ...]:
+        """Of what is not solved anew the losses that the run told before it was stopped."""
+        told = [*self._earlier, *(_loss(e) for e in events if e["event"] == "solved")]
+        return tuple({loss[:3]: loss for loss in told}.values())
 
     @property
     def _events(self) -> Path:
@@ -156,7 +168,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _loss(event: dict[str, Any]) -> tuple[str, int, str, float]:
+def _loss(event: dict[str, Any]) -> Loss:
     parts: Sequence[str] = event["module"].split(".")
     block = next((int(p) for p in parts if p.isdigit()), 0)
     return event["branch"], block, parts[-1], float(event["loss"])
