@@ -78,6 +78,8 @@ def test_the_tokenizer_comes_back(tmp_path: Path):
     found = AutoTokenizer.from_pretrained(out)
     assert [found(line).input_ids for line in LINES] == [original(line).input_ids for line in LINES]
     assert found("<s>the").input_ids == original("<s>the").input_ids  # control tokens stay whole
+    assert not found.backend_tokenizer.model.byte_fallback
+    assert found.decode(found("a\u2581b").input_ids) == "a\u2581b"  # a character as any other
     assert (found.bos_token, found.eos_token, found.pad_token) == ("<s>", "</s>", "</s>")
     chat = [{"role": "user", "content": "hi"}]
     assert found.apply_chat_template(chat, tokenize=False) == original.apply_chat_template(

@@ -255,9 +255,14 @@ def _split_as_sentencepiece(backend: Tokenizer, space_first: bool) -> None:
 
 
 def _split_as_bytes(backend: Tokenizer, name: str, notify: Notify) -> None:
-    """Put right what Transformers splits as GPT-2 does because it does not know `tokenizer.ggml.pre`."""
-    from tokenizers import pre_tokenizers
+    """Put right what Transformers splits as GPT-2 does because it does not know `tokenizer.ggml.pre`.
 
+    Up to 5.17 it also gives byte-level vocabularies of Llama models SentencePiece's byte fallback and decoder.
+    """
+    from tokenizers import decoders, pre_tokenizers
+
+    backend.model.byte_fallback = False
+    backend.decoder = decoders.ByteLevel()
     if name in _DIGITS_APART:
         digits = pre_tokenizers.Digits(individual_digits=True)
         by_gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -83,7 +83,9 @@ def _from_json(folder: Path, config: Json, settings: Json, size: int) -> Vocabul
     added = {t["content"]: t for t in facts.get("added_tokens") or ()}
     ids |= {text: int(t["id"]) for text, t in added.items()}
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or ()]
-    bytewise = bool(model.get("byte_fallback"))
+    # Where characters stand for bytes nothing falls back; Transformers 5.17 says so of what it read from GGUF.
+    of_bytes = '"ByteLevel"' in json.dumps(facts.get("pre_tokenizer"))
+    bytewise = bool(model.get("byte_fallback")) and not of_bytes
     by_id = {number: text for text, number in ids.items()}
     kinds = [
         _kind(by_id.get(i), added, bytewise, model.get("unk_token")) for i in range(max(size, len(by_id)))

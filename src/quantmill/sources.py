@@ -33,7 +33,7 @@ _WANTED: dict[Files, tuple[str, ...]] = {
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/[\w.-]+)(?::(?P<branch>.+))?")
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _CONVERSION = (
-    b"quantmill gguf 1\n"  # raise it when a conversion comes out differently: old ones are then redone
+    b"quantmill gguf 2\n"  # raise it when a conversion comes out differently: old ones are then redone
 )
 
 

@@ -163,6 +163,17 @@ def test_gguf_read_back_gives_the_same_model(tmp_path: Path, family: str) -> Non
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)  # fp16 weights there
 
 
+def test_a_vocabulary_of_bytes_is_one_whatever_it_says_of_fallback(tmp_path: Path) -> None:
+    """Transformers 5.17 sets byte_fallback on what it reads from GGUF; SentencePiece's scores would be wrong."""
+    source = make(tmp_path / "source", SYM)
+    facts = json.loads((source / "tokenizer.json").read_text())
+    facts["model"]["byte_fallback"] = True
+    (source / "tokenizer.json").write_text(json.dumps(facts))
+    fields = gguf.GGUFReader(convert(source, "gguf", tmp_path / "m.gguf", silent).path).fields
+    assert fields["tokenizer.ggml.model"].contents() == "gpt2"
+    assert "tokenizer.ggml.merges" in fields
+
+
 def test_a_folder_may_be_called_like_a_file(tmp_path: Path) -> None:
     (tmp_path / "models.gguf").mkdir()
     made = convert(make(tmp_path / "source", SYM), "gguf", tmp_path / "models.gguf", silent).path

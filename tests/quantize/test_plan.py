@@ -42,6 +42,15 @@ def test_the_table_of_the_specification() -> None:
     assert quantised_weights(MISTRAL_7B) == 6_979_321_856
 
 
+def test_no_more_is_written_than_was_planned() -> None:
+    """`--target-size` is a limit: SmolLM2-135M's folder of 4 bits, group 64, holds 114 620 744 bytes of weights."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    small = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads}
+    [row] = predict(small, [Variant("x", QuantConfig(bits=4, group_size=64))])
+    assert 114_620_744 <= row.size_bytes < 1.001 * 114_620_744
+
+
 def test_more_tokens_cost_more() -> None:
     few, many = predict(samples=32)[0], predict(samples=128)[0]
     assert many.peak_ram_bytes > few.peak_ram_bytes

@@ -45,7 +45,7 @@ def test_fast_batches_are_asked_for_by_name(asked: bool, word: str, monkeypatch:
     monkeypatch.setenv(BATCHES, "")
     monkeypatch.setattr(serving, "serve", lambda *_, **__: None)
     monkeypatch.setattr(serving, "log_to_stderr", lambda: None)
-    serving.serve_models((), ServeSettings(fast_batches=asked), False, Console(True))
+    serving.serve_models((), ServeSettings(fast_batches=asked), Console(True), ui=False)
     assert os.environ[BATCHES] == word
 
 

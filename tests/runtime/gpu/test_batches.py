@@ -62,7 +62,7 @@ def test_sizes(word, sizes, said):
 def test_more_rows_than_have_the_same_bits_are_several_steps(folder, device):
     runtime = opened(folder, device)
     most = runtime._steps.at_once
-    assert most == (64 if runtime.model.fused else 32)
+    assert most == (runtime.model.alike or 32)
     assert runtime.facts.by_row == SHORT
     assert "fast" not in runtime.facts.name
     pieces = [Piece([i + 5], 0, (i,)) for i in range(most + 3)]

@@ -1,4 +1,4 @@
-"""The GPU decoder on AWQ and compressed-tensors folders: the logits of the GPTQ folder they were made from."""
+"""The GPU decoder on AWQ, compressed-tensors and GGUF: the logits of the GPTQ folder they were made from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from gptq_models import write_quantized
+from quantmill.checkpoint import open_checkpoint
 from quantmill.convert import convert
 from quantmill.runtime.gpu.decoder import GpuRuntime
 from quantmill.runtime.interface import Piece
+from quantmill.sources import resolve
 from quantmill.types import QuantConfig
 from tiny_models import byte_level_tokenizer, tiny_model
 
@@ -38,10 +40,12 @@ def wanted(source: Path, device: torch.device) -> torch.Tensor:
     return logits(source, device)
 
 
-@pytest.mark.parametrize("to", ["awq", "compressed-tensors"])
+@pytest.mark.parametrize("to", ["awq", "compressed-tensors", "gguf"])
 def test_the_same_logits(
     source: Path, wanted: torch.Tensor, tmp_path: Path, device: torch.device, to: str
 ) -> None:
-    other = convert(source, to, tmp_path / to, lambda *_: None).path
+    made = convert(source, to, tmp_path / to, lambda *_: None).path
+    other = resolve(str(made), cache_dir=tmp_path, run=True)  # of a .gguf file: its codes' folder
+    assert open_checkpoint(other).quantized_modules() == open_checkpoint(source).quantized_modules()
     got = logits(other, device)
     assert float((got - wanted).norm() / wanted.norm()) < 3e-3

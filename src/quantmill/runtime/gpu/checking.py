@@ -104,7 +104,7 @@ def _same_bits(model: Model, rows: Rows, found: Tensor, most: int) -> bool:
     all_found = fused_logits(model, *fused_states(model, more.tokens, _attention(model, more)))
     same = bool((all_found.view(-1, *found.shape) == found).all())
     if not same:
-        log.warning("%d rows have other bits than %d on this GPU: report it", most, len(found))
+        log.info("%d rows have other bits than %d on this GPU: a step takes fewer", most, len(found))
     return same
 
 
