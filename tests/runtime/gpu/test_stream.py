@@ -40,7 +40,7 @@ def one_by_one(runtime: GpuRuntime, piece: Piece, params: SamplingParams, count:
 def test_the_tokens_are_the_samplers(runtime, monkeypatch):
     monkeypatch.setattr(streams, "HALF", 2)
     monkeypatch.setattr(streams, "RING", 4)
-    monkeypatch.setattr(streams.ops, "RING", 4)
+    monkeypatch.setattr(streams.drawing, "RING", 4)
     pieces = [Piece([5, 6, 7], 0, (0, 1)), Piece(list(range(20)), 0, (2, 3))]
     params = [GREEDY, WARM]
     states = [SamplerState(p, ()) for p in params]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantmill.errors import UnsupportedModel
-from quantmill.runtime.gpu import ops, tensors, trial
+from quantmill.runtime.gpu import drawing, tensors, trial
 from quantmill.runtime.gpu.trial import torch_attends, try_kernels
 
 
@@ -18,13 +18,13 @@ def heads(device: torch.device, window: int = 0, norms: bool = False) -> tensors
 
 @pytest.mark.parametrize(("window", "norms", "fp8"), [(0, False, False), (4096, True, True)])
 def test_the_kernels_pass(device, window, norms, fp8, monkeypatch):
-    monkeypatch.setattr(ops, "HELD", 600)
+    monkeypatch.setattr(drawing, "HELD", 600)
     try_kernels(heads(device, window, norms), torch.float16, fp8)
 
 
 @pytest.mark.parametrize("name", ["attend_rows", "gated", "dense", "draw"])
 def test_a_kernel_that_is_off_is_named(device, name, monkeypatch):
-    monkeypatch.setattr(ops, "HELD", 600)
+    monkeypatch.setattr(drawing, "HELD", 600)
     right = getattr(trial.twins, name)
 
     def wrong(first, *others, **options):

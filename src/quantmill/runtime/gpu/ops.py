@@ -11,7 +11,7 @@ from torch import Tensor
 from quantmill.kernels.triton.tuning import shared_memory
 from quantmill.runtime.gpu.batches import step_sizes
 from quantmill.runtime.gpu.launching import launch, power_of_two, starts_early
-from quantmill.runtime.gpu.tensors import Draws, Gains, Heads, LayerCache, Rows, Scratch
+from quantmill.runtime.gpu.tensors import Gains, Heads, LayerCache, Rows, Scratch
 from quantmill.runtime.interface import PAGE
 
 PARTS = 16  # into which a row's text is cut at most
@@ -27,22 +27,7 @@ TILE_SHAPE = 4, 3
 LARGE = 120 << 10  # bytes of shared memory that a program of TILE_SHAPE may take
 AHEAD = 2  # blocks that a row's program asks for before it needs them
 NEXT = False  # whether one row's program asks for the next layer's first block, too: 0.5 % at best on an H200
-RING = 256  # tokens that are drawn before their places are used again
-HELD = 32768  # logits that a program which draws can hold
-CHUNK = 4096  # logits of one program that looks for the highest
 TILE = 64  # queries of one program of the tile kernel
-
-
-def make_draws(rows: int, device: torch.device) -> Draws:
-    """Greedy, nothing drawn yet."""
-    return Draws(
-        torch.zeros(rows, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-        torch.ones(rows, device=device),
-        torch.zeros(RING, rows, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
-        torch.zeros(RING, rows, dtype=torch.int32, device=device),
-    )
 
 
 def make_scratch(rows: int, heads: Heads, device: torch.device) -> Scratch:
@@ -236,10 +221,7 @@ def attend_rows(
         LEAST,
         SCALE=heads.size**-0.5,
         **_shape(heads),
-        ROWS=max(16, power_of_two(heads.group)),
-        GROUP=power_of_two(heads.group),
-        PARTS=PARTS,
-        BLOCK=max(PAGE, BLOCK if heads.size <= 128 else BLOCK // 2),
+        **_row_shape(heads),
         HAS_ORDER=places_of is not None,
         FP8=cache.key_scales is not None,
         POSTED=_posts(qkv.device),
@@ -340,43 +322,6 @@ def dense(
     )
 
 
-def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
-    """Draw every row's next token: into `rows.tokens`, `rows.positions` moved on by one, noted in `draws`."""
-    from quantmill.runtime.gpu.kernels.sampling import draw_kernel, peaks_kernel
-
-    number, vocab = logits.shape
-    chunks, whole = -(-vocab // CHUNK), vocab <= HELD
-    tops = logits.new_empty(number, chunks)
-    places = torch.empty(number, chunks, dtype=torch.int32, device=logits.device)
-    early = starts_early(logits.device)
-    peaks_kernel[(number, chunks)](
-        logits, tops, places, vocab, BLOCK=CHUNK, PDL=early, num_warps=8, **launch(early)
-    )
-    draw_kernel[(number,)](
-        logits,
-        tops,
-        places,
-        draws.sharpness,
-        draws.top_ks,
-        draws.top_ps,
-        draws.uniforms,
-        draws.steps,
-        rows.tokens,
-        rows.positions,
-        draws.drawn,
-        vocab,
-        chunks,
-        draws.drawn.shape[1],
-        RING=RING,
-        CHUNKS=power_of_two(chunks),
-        BLOCK=power_of_two(vocab) if whole else 8192,
-        WHOLE=whole,
-        PDL=early,
-        num_warps=32 if whole else 16,
-        **launch(early),
-    )
-
-
 def tile_rows(heads: Heads) -> int:
     """Rows of the pass that one tile of `attend_tiles` takes."""
     return _tile(heads) // heads.group
@@ -407,6 +352,13 @@ def _shape(heads: Heads) -> dict[str, int | float | bool]:
         "EPSILON": heads.epsilon,
         "HAS_NORM": heads.query_norm is not None,
     }
+
+
+def _row_shape(heads: Heads) -> dict[str, int]:
+    """What a program of `attend_rows` works on."""
+    group = power_of_two(heads.group)
+    block = max(PAGE, BLOCK if heads.size <= 128 else BLOCK // 2)
+    return {"ROWS": max(16, group), "GROUP": group, "PARTS": PARTS, "BLOCK": block}
 
 
 def _cache_arguments(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantmill.runtime.gpu import ops
+from quantmill.runtime.gpu import drawing, ops
 from quantmill.runtime.gpu.batches import SIZES, fast_batches
 from quantmill.runtime.gpu.fused import fused_logits, fused_states, normed
 from quantmill.runtime.gpu.layers import FEW_ROWS, Model, RowsAttention, final_states, logits_of
@@ -86,7 +86,7 @@ class Steps:
         device = model.weights.embedding.device
         self.inputs = Inputs(lines, device)
         self._scratches: dict[int, Scratch] = {}  # by bucket, made when the first step of it is
-        self.draws = ops.make_draws(MOST_ROWS, device)
+        self.draws = drawing.make_draws(MOST_ROWS, device)
         self._alike = model.alike or SIZES[-1]  # rows of a step that have the same bits
         self.at_once = MOST_ROWS if fast_batches() else self._alike
         self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -152,7 +152,7 @@ class Steps:
                 return states
             logits = logits_of(self._model, states)
         if kind is Kind.DRAWING:
-            ops.draw(logits, self.draws, rows)
+            drawing.draw(logits, self.draws, rows)
         return logits
 
 

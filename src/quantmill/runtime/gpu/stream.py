@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quantmill.errors import BadRequest
-from quantmill.runtime.gpu import ops
-from quantmill.runtime.gpu.ops import RING
+from quantmill.runtime.gpu import drawing
+from quantmill.runtime.gpu.drawing import RING
 from quantmill.runtime.gpu.steps import Kind, Steps, bucket_of
 from quantmill.runtime.interface import PAGE, Piece, Runtime
 from quantmill.runtime.sampling import SamplerState
@@ -49,7 +49,7 @@ def stream(
         logits = runtime.forward(pieces).clone()
         _begin(steps, pieces, states, bucket)
         _send_numbers(steps, states, starts, 0)
-        ops.draw(logits, steps.draws, steps.inputs.rows(rows))
+        drawing.draw(logits, steps.draws, steps.inputs.rows(rows))
     reader = _Reader(steps.draws.drawn, rows)
     for number in range(most):
         with torch.inference_mode():

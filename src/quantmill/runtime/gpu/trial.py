@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantmill.errors import UnsupportedModel
-from quantmill.runtime.gpu import ops, prompts, twins
+from quantmill.runtime.gpu import drawing, ops, prompts, twins
 from quantmill.runtime.gpu.tensors import Gains, Heads, LayerCache, Rows
 from quantmill.runtime.interface import PAGE
 
@@ -191,10 +191,10 @@ def _dense(heads: Heads, dtype: torch.dtype, fp8: bool) -> float:
 def _draw(heads: Heads, dtype: torch.dtype, fp8: bool) -> float:
     """Greedy and not, with a vocabulary that one program holds and one that it does not: tokens, not numbers."""
     wrong = 0.0
-    for vocab in (500, ops.HELD + 100):
+    for vocab in (500, drawing.HELD + 100):
         logits, drawn = _noise(heads, 4, vocab), []
-        for module in (ops, twins):
-            draws, positions = ops.make_draws(4, logits.device), _ints(heads, 5, 6, 7, -1)
+        for module in (drawing, twins):
+            draws, positions = drawing.make_draws(4, logits.device), _ints(heads, 5, 6, 7, -1)
             rows = Rows(_ints(heads, 0, 0, 0, 0), positions, positions, positions.view(1, -1))
             draws.sharpness[1:] = 1.25
             draws.top_ks[:], draws.top_ps[:] = vocab, 0.9

@@ -136,7 +136,7 @@ def dense(
 
 
 def draw(logits: Tensor, draws: Draws, rows: Rows) -> None:
-    """See ops.draw; by runtime/sampling.py's rules."""
+    """See drawing.draw; by runtime/sampling.py's rules."""
     for i in range(logits.shape[0]):
         if rows.positions[i] < 0:
             continue
