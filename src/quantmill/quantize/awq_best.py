@@ -22,14 +22,11 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from quantmill.architectures import LinearGroup
-from quantmill.formats.gptq import pack, unpack
-from quantmill.quantize.arithmetic import matmul_dtype
 from quantmill.quantize.awq_scales import NORMS, Folding, exact_scales, pivots, refuse_shapes
-from quantmill.quantize.best import held_lanes
-from quantmill.quantize.best_step import Pairs
-from quantmill.quantize.block_step import packed_tensors
-from quantmill.quantize.job import ModuleSolved, OnEvent
+from quantmill.quantize.job import OnEvent
+from quantmill.quantize.kept import packed_tensors, unpacked
 from quantmill.quantize.moments import Goal, Moments
+from quantmill.quantize.paired_step import PairedStep
 from quantmill.quantize.presets import Recipe
 from quantmill.quantize.refine import Attempt, choose_target, polish
 from quantmill.quantize.shell import Shell
@@ -41,17 +38,15 @@ from quantmill.quantize.solver import (
     round_to_grid,
     split_rows,
 )
-from quantmill.quantize.spread import sum_moments
-from quantmill.quantize.two_streams import Lane, PairedBlock
+from quantmill.quantize.two_streams import Lane
 from quantmill.quantize.work import SolvedBlock
-from quantmill.types import IntLinear, ModuleReport, PackedLinear, QuantConfig
+from quantmill.types import IntLinear, ModuleReport, QuantConfig
 
 if TYPE_CHECKING:
     from quantmill.quantize.pipeline import Stream
 
 RIDGE = 1e-2  # of the channels' refit, towards what they were, as a share of each unknown's own weight
 REACH = 2.0  # a channel moves by no more than this factor
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,38 +73,21 @@ class PairNorm(nn.Module):
         return out
 
 
-class AwqBestStep:
+class AwqBestStep(PairedStep):
     """Solves a block with AWQ's scaling on both streams' moments; what it keeps is in GPTQ's layout."""
 
     def __init__(
         self, shell: Shell, block: nn.Module, prefix: str, stream: Stream, index: int, recipe: Recipe
     ) -> None:
-        assert stream.original is not None, "this recipe compares two streams"
-        self.block, self.prefix, self.stream, self.recipe = block, prefix, stream, recipe
-        self.config = stream.variant.config
-        self.frames = [shell.frames_for(shape, index) for shape in stream.hidden.shapes]
-        self.pairs = Pairs(stream.hidden, stream.original)
-        on_gpu = shell.device.type == "cuda"
-        dtype = matmul_dtype(shell.device) if on_gpu else torch.float32
-        self.paired = PairedBlock(block, shell.architecture.groups, dtype)
+        super().__init__(shell, block, prefix, stream, index, recipe)
+        self.block, self.config = block, stream.variant.config
         shapes = {m: tuple(self.paired.weight(m).shape) for m in self.paired.taps}
         refuse_shapes(((prefix + m, (n, k)) for m, (n, k) in shapes.items()), self.config)
-        self.tensors: dict[str, Tensor] = {}
-        self.reports: list[ModuleReport] = []
         self.folding = Folding(block, prefix, self.tensors)
 
     def solve(self, on_event: OnEvent) -> SolvedBlock:
         """Solve every group on what the groups before it hand over, then send both streams on."""
-
-        def at_group(group: LinearGroup, fit: Moments, judge: Moments | None) -> None:
-            fit, judge = sum_moments(fit, judge, self.stream.ranks)
-            for report in self._solve_group(group, fit, judge):
-                on_event(ModuleSolved(self.stream.variant.branch, report))
-
-        held, waiting = held_lanes(len(self.pairs), self.recipe.heldout), self.stream.residence.waiting
-        with self.paired as paired:
-            residual, nowhere = self.recipe.residual, lambda *_: None
-            paired.run(self.pairs, self.frames, held, residual, at_group, keep=nowhere, waiting=waiting)
+        self._solve_groups(on_event, keep=lambda *_: None)
         # Once more with the weights as stored, so that a resumed run ends with the same bytes.
         return self.replay(SolvedBlock(self.tensors, tuple(self.reports)))
 
@@ -179,16 +157,15 @@ class AwqBestStep:
 
     def _keep(self, module: str, linear: IntLinear, scales: Tensor) -> None:
         tap = self.paired.taps[module]
-        bias = None if tap.linear.bias is None else tap.linear.bias.detach().half()
-        packed = pack(linear, self.config, bias)
-        self.tensors |= {n: t.cpu() for n, t in packed_tensors(self.prefix + module, packed).items()}
+        self.tensors |= packed_tensors(self.prefix + module, linear, self.config, tap.linear.bias)
         tap.use(dequantize(linear) / scales)
 
     def replay(self, kept: SolvedBlock) -> SolvedBlock:
         """Send both streams through a finished block: the original's norms for one, the kept ones for the other."""
+        device = self.stream.hidden.device
         with self._folded_norms(kept), self.paired as paired:
             for module, tap in paired.taps.items():
-                tap.use(dequantize(self._unpacked(kept, module)))
+                tap.use(dequantize(unpacked(kept.tensors, self.prefix + module, self.config, device)))
             paired.forward(self.pairs, self.frames, self.pairs.keep)
         return kept
 
@@ -208,22 +185,6 @@ class AwqBestStep:
         finally:
             for name, norm in before.items():  # other variants solve the same block
                 setattr(self.block, name, norm)
-
-    def _unpacked(self, kept: SolvedBlock, module: str) -> IntLinear:
-        n, k = self.paired.weight(module).shape
-        linear = unpack(
-            PackedLinear(
-                **{s: kept.tensors[f"{self.prefix}{module}.{s}"] for s in SUFFIXES},
-                bias=None,
-                bits=self.config.bits,
-                group_size=self.config.group_size,
-                in_features=k,
-                out_features=n,
-                checkpoint_format=self.config.zero_format,
-            )
-        )
-        device = self.stream.hidden.device
-        return IntLinear(*(t.to(device) for t in (linear.codes, linear.scales, linear.zeros, linear.g_idx)))
 
 
 def scaled(goal: Goal, s: Tensor) -> Goal:

@@ -17,18 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from quantmill.architectures import LinearGroup
-from quantmill.formats.gptq import pack, unpack
 from quantmill.quantize.awq_scales import NORMS, Candidate, Folding, pivots, refuse_shapes
-from quantmill.quantize.block_step import BlockStep, packed_tensors
+from quantmill.quantize.block_step import BlockStep
 from quantmill.quantize.hessian import Hessian
-from quantmill.quantize.job import ModuleSolved, OnEvent
+from quantmill.quantize.job import OnEvent
+from quantmill.quantize.kept import packed_tensors
 from quantmill.quantize.solver import Solution, dequantize, relative_loss, solve_group
-from quantmill.quantize.spread import sum_hessian
 from quantmill.quantize.work import SolvedBlock
-from quantmill.types import IntLinear, ModuleReport, QuantConfig
+from quantmill.types import ModuleReport, QuantConfig
 
 if TYPE_CHECKING:
-    from quantmill.quantize.lanes import Tap
     from quantmill.quantize.pipeline import Stream
     from quantmill.quantize.shell import Shell
 
@@ -53,13 +51,9 @@ class AwqStep(BlockStep):
         self.folding = Folding(block, prefix, self.tensors)
 
     def solve(self, on_event: OnEvent) -> SolvedBlock:
-        def at_group(group: LinearGroup, hessian: Hessian) -> None:
-            sum_hessian(hessian, self.stream.ranks)
-            for report in self._solve_group(group, hessian):
-                on_event(ModuleSolved(self.stream.variant.branch, report))
-
         hidden, waiting = self.stream.hidden, self.stream.residence.waiting
         with self.tapped as tapped:
+            at_group = self._at_group(on_event)
             tapped.run(hidden, self.frames, at_group, keep=lambda *_: None, waiting=waiting)
         # Once more with the weights as stored, so that a resumed run ends with the same bytes.
         return self.replay(SolvedBlock(self.tensors, tuple(self.reports)))
@@ -74,9 +68,8 @@ class AwqStep(BlockStep):
             self.folding.fold(group, best.scales)
         for module, solution in zip(group.modules, best.solutions, strict=True):
             tap = self.tapped.taps[module]
-            bias = None if tap.original.bias is None else tap.original.bias.half()
-            packed = pack(solution.linear, self.config, bias)
-            self.tensors |= {n: t.cpu() for n, t in packed_tensors(self.prefix + module, packed).items()}
+            name, bias = self.prefix + module, tap.original.bias
+            self.tensors |= packed_tensors(name, solution.linear, self.config, bias)
             stored = dequantize(solution.linear)
             tap.use(stored if best.scales is None else stored / best.scales)
         seconds = (time.perf_counter() - began) / len(weights)
@@ -97,16 +90,11 @@ class AwqStep(BlockStep):
             for name in norms:
                 weights[name].data = kept.tensors[f"{self.prefix}{name}.weight"].float().to(device)
             for module, tap in tapped.taps.items():
-                self._use(tap, kept, module, device)
+                tap.use(dequantize(self._kept(kept, module)))
             tapped.forward(hidden, self.frames, hidden.__setitem__)
         for name, weight in before.items():  # other variants solve the same block
             weights[name].data = weight
         return kept
-
-    def _use(self, tap: Tap, kept: SolvedBlock, module: str, device: torch.device) -> None:
-        linear = unpack(self._packed(kept, module))
-        moved = (t.to(device) for t in (linear.codes, linear.scales, linear.zeros, linear.g_idx))
-        tap.use(dequantize(IntLinear(*moved)))
 
 
 def solve_scaled(

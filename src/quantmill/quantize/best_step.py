@@ -17,47 +17,28 @@ from torch import Tensor, nn
 
 from quantmill.architectures import LinearGroup, dimensions
 from quantmill.checkpoint import Checkpoint
-from quantmill.formats.gptq import pack, unpack
-from quantmill.quantize.arithmetic import matmul_dtype
 from quantmill.quantize.best import held_lanes, replay_block, solve_block
 from quantmill.quantize.block_tuning import tune_block
 from quantmill.quantize.distill import affordable, distill
 from quantmill.quantize.job import Job, ModuleSolved, OnEvent
+from quantmill.quantize.kept import packed_tensors, unpacked
+from quantmill.quantize.paired_step import Pairs, products_dtype
 from quantmill.quantize.presets import DISTILL, OWN_TEXT, TUNE, Recipe, lowest_bits
 from quantmill.quantize.self_text import go_on
-from quantmill.quantize.states import States
 from quantmill.quantize.two_streams import Pair
 from quantmill.quantize.work import SolvedBlock
-from quantmill.types import IntLinear, PackedLinear, QuantConfig, Variant
+from quantmill.types import IntLinear, QuantConfig, Variant
 
 if TYPE_CHECKING:
     from quantmill.quantize.pipeline import Stream
 
 HELD_ROWS = 0.1  # of the rows judge distillation
 LANES = 10  # at least so many pairs where the rows allow: a tenth of them can be held out
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
 def lane_rows(rows: int, at_most: int) -> int:
     """Rows of tokens per lane."""
     return max(1, min(at_most, rows // LANES))
-
-
-class Pairs(Sequence[Pair]):
-    """Both streams' hidden states, batch by batch: read when asked for, kept as `States` keeps them."""
-
-    def __init__(self, quantised: States, original: States) -> None:
-        self.quantised, self.original = quantised, original
-
-    def __len__(self) -> int:
-        return len(self.quantised)
-
-    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]  # no slices
-        return Pair(self.quantised[index], self.original[index])
-
-    def keep(self, index: int, pair: Pair) -> None:
-        """This batch has gone through the block."""
-        self.quantised[index], self.original[index] = pair.quantised, pair.original
 
 
 class BestStep:
@@ -71,6 +52,7 @@ class BestStep:
         stream: Stream,
         frames: Sequence[Mapping[str, Any]],
         recipe: Recipe,
+        *,
         tune: bool,
     ) -> None:
         self.block, self.groups, self.prefix, self.stream = block, groups, prefix, stream
@@ -78,8 +60,7 @@ class BestStep:
         self.config = stream.variant.config
         assert stream.original is not None, "this recipe compares two streams"
         self.original = stream.original
-        on_gpu = stream.hidden.device.type == "cuda"  # a CPU's sixteen bits gain nothing beside the solving
-        self.matmul_dtype = matmul_dtype(stream.hidden.device) if on_gpu else torch.float32
+        self.matmul_dtype = products_dtype(stream.hidden.device)
         self.pairs = Pairs(stream.hidden, self.original)
 
     def solve(self, on_event: OnEvent) -> SolvedBlock:
@@ -122,7 +103,8 @@ class BestStep:
     def replay(self, kept: SolvedBlock) -> SolvedBlock:
         """Send both streams through a finished block: the original's norms for one, the kept ones for the other."""
         modules = [m for group in self.groups for m in group.modules]
-        linears = {m: self._unpacked(kept, m) for m in modules}
+        device = self.stream.hidden.device
+        linears = {m: unpacked(kept.tensors, self.prefix + m, self._config_of(m), device) for m in modules}
         norms = {
             name.removeprefix(self.prefix).removesuffix(".weight"): tensor
             for name, tensor in kept.tensors.items()
@@ -159,48 +141,12 @@ class BestStep:
         tensors = {f"{self.prefix}{name}.weight": w.half().cpu() for name, w in norms.items()}
         for module, linear in linears.items():
             bias = dict(self.block.named_parameters()).get(f"{module}.bias")
-            tensors |= _packed(self.prefix + module, linear, self._config_of(module), bias)
+            tensors |= packed_tensors(self.prefix + module, linear, self._config_of(module), bias)
         return tensors
-
-    def _unpacked(self, kept: SolvedBlock, module: str) -> IntLinear:
-        shape = self.block.get_parameter(f"{module}.weight").shape
-        return _unpack(
-            kept.tensors,
-            self.prefix + module,
-            self._config_of(module),
-            tuple(shape),
-            self.stream.hidden.device,
-        )
 
 
 def _set_weight(block: nn.Module, name: str, weight: Tensor) -> None:
     block.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-
-
-def _packed(name: str, linear: IntLinear, config: QuantConfig, bias: Tensor | None) -> dict[str, Tensor]:
-    p = pack(linear, config, None if bias is None else bias.half())
-    tensors = {f"{name}.{s}": getattr(p, s) for s in SUFFIXES}
-    return {key: t.cpu() for key, t in tensors.items() if t is not None}
-
-
-def _unpack(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    config: QuantConfig,
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> IntLinear:
-    part = {s: tensors[f"{name}.{s}"].to(device) for s in SUFFIXES[:4]}
-    packed = PackedLinear(
-        **part,
-        bias=None,
-        bits=config.bits,
-        group_size=config.group_size,
-        in_features=shape[1],
-        out_features=shape[0],
-        checkpoint_format=config.zero_format,
-    )
-    return unpack(packed)
 
 
 def finish(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> None:
@@ -220,7 +166,7 @@ def _distil(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> So
     tensors = {name: t for block in solved for name, t in block.tensors.items()}
     original, rows = _whole_model(checkpoint, torch.device(job.device)), job.calibration.blocks
     student = copy.deepcopy(original, memo={id(p): p for p in original.parameters()})
-    linears = _linears(tensors, student, stream.variant, torch.device(job.device))
+    linears = _linears(tensors, stream.variant, torch.device(job.device))
     for name in [n for n in tensors if n.endswith(".weight")]:
         _set_weight(student, name.removesuffix(".weight"), tensors[name].float().to(job.device))
     held = max(1, round(HELD_ROWS * len(rows)))
@@ -236,7 +182,7 @@ def _distil(job: Job, checkpoint: Checkpoint, stream: Stream, blocks: int) -> So
     changed = {
         key: tensor
         for name, q in done.linears.items()
-        for key, tensor in _packed(name, q, configs[name], None).items()
+        for key, tensor in packed_tensors(name, q, configs[name], None).items()
         if key.endswith((".qweight", ".scales"))
     }
     changed |= {f"{name}.weight": w.half().cpu() for name, w in done.norms.items()}
@@ -259,13 +205,10 @@ def _free_bytes(job: Job) -> int:
     return free if job.max_vram is None else min(free, job.max_vram - torch.cuda.memory_allocated())
 
 
-def _linears(
-    tensors: Mapping[str, Tensor], student: nn.Module, variant: Variant, device: torch.device
-) -> dict[str, IntLinear]:
+def _linears(tensors: Mapping[str, Tensor], variant: Variant, device: torch.device) -> dict[str, IntLinear]:
     """Every packed linear, by full name."""
     names = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
-    shapes = {name: tuple(student.get_parameter(f"{name}.weight").shape) for name in names}
-    return {n: _unpack(tensors, n, variant.config_of(n), shapes[n], device) for n in names}
+    return {n: unpacked(tensors, n, variant.config_of(n), device) for n in names}
 
 
 def _whole_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from quantmill.architectures import LinearGroup
 from quantmill.errors import BadCheckpoint
-from quantmill.formats.gptq import pack, unpack
 from quantmill.quantize.arithmetic import matmul_dtype
 from quantmill.quantize.hessian import Hessian
 from quantmill.quantize.job import ModuleSolved, OnEvent
-from quantmill.quantize.lanes import TappedBlock
+from quantmill.quantize.kept import packed_tensors, unpacked
+from quantmill.quantize.lanes import AtGroup, TappedBlock
 from quantmill.quantize.shell import Shell
 from quantmill.quantize.solver import dequantize
 from quantmill.quantize.spread import solve_spread, sum_hessian
 from quantmill.quantize.work import SolvedBlock
-from quantmill.types import IntLinear, ModuleReport, PackedLinear, QuantConfig
+from quantmill.types import IntLinear, ModuleReport, QuantConfig
 
 if TYPE_CHECKING:
     from quantmill.quantize.pipeline import Stream
@@ -39,12 +39,7 @@ class BlockStep:
 
     def solve(self, on_event: OnEvent) -> SolvedBlock:
         """Solve every group on what the groups before it hand over: quantised ones, if true-sequential."""
-
-        def at_group(group: LinearGroup, hessian: Hessian) -> None:
-            sum_hessian(hessian, self.stream.ranks)
-            for report in self._solve_group(group, hessian):
-                on_event(ModuleSolved(self.stream.variant.branch, report))
-
+        at_group = self._at_group(on_event)
         hidden, waiting = self.stream.hidden, self.stream.residence.waiting
         with self.tapped as tapped:
             if self.config.true_sequential:
@@ -59,6 +54,16 @@ class BlockStep:
                 tapped.forward(hidden, self.frames, hidden.__setitem__)
         return SolvedBlock(self.tensors, tuple(self.reports))
 
+    def _at_group(self, on_event: OnEvent) -> AtGroup:
+        """What is done when a group's inputs have all been seen."""
+
+        def solve(group: LinearGroup, hessian: Hessian) -> None:
+            sum_hessian(hessian, self.stream.ranks)
+            for report in self._solve_group(group, hessian):
+                on_event(ModuleSolved(self.stream.variant.branch, report))
+
+        return solve
+
     def _solve_group(self, group: LinearGroup, hessian: Hessian) -> list[ModuleReport]:
         began, ranks = time.perf_counter(), self.stream.ranks
         weights = [self.tapped.weight(m) for m in group.modules]
@@ -71,9 +76,8 @@ class BlockStep:
             tap = self.tapped.taps[module]
             tap.use(dequantize(solution.linear))
             if ranks.first:
-                bias = None if tap.original.bias is None else tap.original.bias.half()
-                packed = pack(solution.linear, config, bias)
-                self.tensors |= {n: t.cpu() for n, t in packed_tensors(self.prefix + module, packed).items()}
+                name, bias = self.prefix + module, tap.original.bias
+                self.tensors |= packed_tensors(name, solution.linear, config, bias)
         seconds = (time.perf_counter() - began) / len(solutions)
         new = [
             ModuleReport(self.prefix + m, s.loss, s.damp_percent, hessian.tokens, seconds, s.fallback)
@@ -84,36 +88,17 @@ class BlockStep:
 
     def replay(self, kept: SolvedBlock) -> SolvedBlock:
         """Send the hidden states through the packed weights of a finished block."""
-        hidden, device = self.stream.hidden, self.stream.hidden.device
+        hidden = self.stream.hidden
         with self.tapped as tapped:
             for module, tap in tapped.taps.items():
-                linear = unpack(self._packed(kept, module))
-                moved = (t.to(device) for t in (linear.codes, linear.scales, linear.zeros, linear.g_idx))
-                tap.use(dequantize(IntLinear(*moved)))
+                tap.use(dequantize(self._kept(kept, module)))
             tapped.forward(hidden, self.frames, hidden.__setitem__)
         return kept
 
-    def _packed(self, kept: SolvedBlock, module: str) -> PackedLinear:
-        n, k = self.tapped.weight(module).shape
-        config = self._config_of(module)
-        part = {
-            s: kept.tensors[f"{self.prefix}{module}.{s}"] for s in ("qweight", "qzeros", "scales", "g_idx")
-        }
-        return PackedLinear(
-            **part,
-            bias=None,
-            bits=config.bits,
-            group_size=config.group_size,
-            in_features=k,
-            out_features=n,
-            checkpoint_format=config.zero_format,
-        )
+    def _kept(self, kept: SolvedBlock, module: str) -> IntLinear:
+        """A linear of a finished block, on the device."""
+        device = self.stream.hidden.device
+        return unpacked(kept.tensors, self.prefix + module, self._config_of(module), device)
 
     def _config_of(self, module: str) -> QuantConfig:
         return self.stream.variant.config_of(self.prefix + module)
-
-
-def packed_tensors(name: str, packed: PackedLinear) -> dict[str, Tensor]:
-    """A packed linear's tensors under their names in the file."""
-    tensors = {s: getattr(packed, s) for s in ("qweight", "qzeros", "scales", "g_idx", "bias")}
-    return {f"{name}.{suffix}": t for suffix, t in tensors.items() if t is not None}

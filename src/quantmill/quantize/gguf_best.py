@@ -14,24 +14,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantmill.architectures import LinearGroup
 from quantmill.formats import gguf
-from quantmill.quantize.arithmetic import matmul_dtype
-from quantmill.quantize.best import held_lanes
-from quantmill.quantize.best_step import Pairs
 from quantmill.quantize.gguf_mix import tensor_types
 from quantmill.quantize.gguf_solve import BlockLinear, solve_towards
 from quantmill.quantize.gguf_step import BLOCKS, to_bytes
-from quantmill.quantize.job import ModuleSolved, OnEvent
+from quantmill.quantize.job import OnEvent
 from quantmill.quantize.moments import Goal, Moments
+from quantmill.quantize.paired_step import PairedStep
 from quantmill.quantize.presets import Recipe
 from quantmill.quantize.refine import Shift, choose_target
 from quantmill.quantize.shell import Shell
 from quantmill.quantize.solver import factorise, refuse_non_finite, relative_loss
-from quantmill.quantize.spread import sum_moments
-from quantmill.quantize.two_streams import PairedBlock
 from quantmill.quantize.work import SolvedBlock
 from quantmill.types import ModuleReport
 
@@ -39,37 +35,18 @@ if TYPE_CHECKING:
     from quantmill.quantize.pipeline import Stream
 
 
-class GgufBestStep:
+class GgufBestStep(PairedStep):
     """Solves a block for a GGUF mix on both streams' moments."""
 
     def __init__(
         self, shell: Shell, block: nn.Module, prefix: str, stream: Stream, index: int, recipe: Recipe
     ) -> None:
-        assert stream.original is not None, "this recipe compares two streams"
-        self.prefix, self.stream, self.recipe = prefix, stream, recipe
+        super().__init__(shell, block, prefix, stream, index, recipe)
         self.types = tensor_types(shell.checkpoint.config, stream.variant.container.partition(":")[2])
-        self.frames = [shell.frames_for(shape, index) for shape in stream.hidden.shapes]
-        self.pairs = Pairs(stream.hidden, stream.original)
-        on_gpu = shell.device.type == "cuda"
-        dtype = matmul_dtype(shell.device) if on_gpu else torch.float32
-        self.paired = PairedBlock(block, shell.architecture.groups, dtype)
-        self.tensors: dict[str, Tensor] = {}
-        self.reports: list[ModuleReport] = []
 
     def solve(self, on_event: OnEvent) -> SolvedBlock:
         """Solve every group on what the groups before it hand over, and send both streams on."""
-
-        def at_group(group: LinearGroup, fit: Moments, judge: Moments | None) -> None:
-            fit, judge = sum_moments(fit, judge, self.stream.ranks)
-            for report in self._solve_group(group, fit, judge):
-                on_event(ModuleSolved(self.stream.variant.branch, report))
-
-        held, waiting = held_lanes(len(self.pairs), self.recipe.heldout), self.stream.residence.waiting
-        with self.paired as paired:
-            residual = self.recipe.residual
-            paired.run(
-                self.pairs, self.frames, held, residual, at_group, keep=self.pairs.keep, waiting=waiting
-            )
+        self._solve_groups(on_event, keep=self.pairs.keep)
         return SolvedBlock(self.tensors, tuple(self.reports))
 
     def _solve_group(self, group: LinearGroup, fit: Moments, judge: Moments | None) -> list[ModuleReport]:

@@ -221,7 +221,8 @@ def _step(job: Job, shell: Shell, block: nn.Module, prefix: str, stream: Stream,
     if not recipe.two_streams:
         return BlockStep(shell, block, prefix, stream, index)
     frames = [shell.frames_for(shape, index) for shape in stream.hidden.shapes]
-    return BestStep(block, shell.architecture.groups, prefix, stream, frames, recipe, job.tune_blocks)
+    tune = job.tune_blocks
+    return BestStep(block, shell.architecture.groups, prefix, stream, frames, recipe, tune=tune)
 
 
 class Step(Protocol):
