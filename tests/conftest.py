@@ -5,6 +5,7 @@ smol_gguf   SmolLM2-135M-Instruct as it is shipped
 smol        the same as a Transformers folder, converted once and kept in pytest's cache
 smol_cut    its first three blocks, as a Mistral-type model
 tiny_llama  a Transformers folder made here
+sound, folder   a quantised folder without a fault; a copy of it to spoil
 exact_products  quantised linears without the fast kernels' rounding
 
 Every test draws the same random numbers each time, whatever ran before it.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -101,3 +103,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model("llama", vocab_size=len(tokenizer)).to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny quantised model without a fault."""
+    from doctor_folders import make
+    from quantmill.types import QuantConfig
+
+    return make(tmp_path_factory.mktemp("sound"), QuantConfig(group_size=32))
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))
