@@ -217,7 +217,8 @@ def main() -> None:
         measure(folder, asked)
 
 
-def measure(folder: Path, asked: argparse.Namespace) -> None:
+def opened(folder: Path, asked: argparse.Namespace) -> tuple[GpuRuntime, float]:
+    """The runtime and the seconds that loading took; what it took of memory is printed."""
     size = sum(f.stat().st_size for f in folder.iterdir())
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # what making the checkpoint took
@@ -238,16 +239,47 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
         f"memory over file and cache {(taken - size - cache) / 1e9:.2f} GB",
         flush=True,
     )
+    return runtime, loaded
+
+
+def floor_of(runtime: GpuRuntime, layers: int) -> dict[str, float]:
+    """What launches that only read the same bytes take here, ms a token; printed."""
     block = runtime.model.weights.blocks[0]
     attention = 2 * 128 * KV_HEADS * HEAD * 2
     sizes = [block.qkv.nbytes, attention, block.output.nbytes, block.gate_up.nbytes, block.down.nbytes]
-    floor = floors(sizes, runtime.model.weights.head.nbytes, asked.layers)
+    floor = floors(sizes, runtime.model.weights.head.nbytes, layers)
     print(
         f"read {floor['read_gb_s']:.0f} GB/s; {runtime.facts.bytes_per_token / 1e9:.3f} GB a token; "
         f"read-only launches: plain {1e3 / floor['plain']:.0f} tok/s, with PDL {1e3 / floor['pdl']:.0f}, "
         f"all in one {1e3 / floor['one']:.0f}",
         flush=True,
     )
+    return floor
+
+
+def many(runtime: GpuRuntime, asked: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Batches and prompts."""
+    for batch in asked.batches:
+        ms = decode_ms(runtime, batch, 128)
+        report["batch"][batch] = batch * 1e3 / ms
+        print(f"batch {batch:4}: {ms:8.3f} ms a step {batch * 1e3 / ms:9.0f} tok/s", flush=True)
+    if 64 in asked.batches and not asked.figures:
+        decode_ms(runtime, 64, 128)
+        show_kernels(
+            "kernels of a step, batch 64:", kernels_us(lambda: runtime._steps.replay(64, Kind.ALONE))
+        )
+    for count in asked.prompts:
+        ms = prefill_ms(runtime, count)
+        report["prefill"][count] = count * 1e3 / ms
+        print(f"prompt {count:5}: {ms:8.2f} ms {count * 1e3 / ms:9.0f} tok/s", flush=True)
+    if 2048 in asked.prompts and not asked.figures:
+        piece = Piece(torch.randint(0, VOCAB, (2048,)).tolist(), 0, tuple(range(32)))
+        show_kernels("kernels of a prompt of 2048:", kernels_us(lambda: runtime.forward([piece])))
+
+
+def measure(folder: Path, asked: argparse.Namespace) -> None:
+    runtime, loaded = opened(folder, asked)
+    floor = floor_of(runtime, asked.layers)
     report: dict[str, Any] = {"floor": floor, "decode": {}, "batch": {}, "prefill": {}, "load_s": loaded}
     contexts = asked.contexts[:2] if asked.quick else asked.contexts
     base = None
@@ -269,22 +301,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
             f"whole answers at context {contexts[0]}: greedy {rates[0]:.0f} tok/s, drawn {rates[1]:.0f} tok/s",
             flush=True,
         )
-    for batch in asked.batches:
-        ms = decode_ms(runtime, batch, 128)
-        report["batch"][batch] = batch * 1e3 / ms
-        print(f"batch {batch:4}: {ms:8.3f} ms a step {batch * 1e3 / ms:9.0f} tok/s", flush=True)
-    if 64 in asked.batches and not asked.figures:
-        decode_ms(runtime, 64, 128)
-        show_kernels(
-            "kernels of a step, batch 64:", kernels_us(lambda: runtime._steps.replay(64, Kind.ALONE))
-        )
-    for count in asked.prompts:
-        ms = prefill_ms(runtime, count)
-        report["prefill"][count] = count * 1e3 / ms
-        print(f"prompt {count:5}: {ms:8.2f} ms {count * 1e3 / ms:9.0f} tok/s", flush=True)
-    if 2048 in asked.prompts and not asked.figures:
-        piece = Piece(torch.randint(0, VOCAB, (2048,)).tolist(), 0, tuple(range(32)))
-        show_kernels("kernels of a prompt of 2048:", kernels_us(lambda: runtime.forward([piece])))
+    many(runtime, asked, report)
     if asked.json:
         asked.json.write_text(json.dumps(report, indent=1))
 

@@ -200,6 +200,24 @@ def main(words: list[str] | None = None) -> None:
         shutil.rmtree(scratch)
 
 
+def show_memory(clock: Clock, load: memory.Load, limits: dict[str, int]) -> None:
+    """What was held, beside what was predicted."""
+    most = max(clock.most, torch.cuda.max_memory_allocated())
+    print(
+        f"peak GPU memory {most / 1e9:.2f} GB allocated, {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved; "
+        f"host {peak_ram_bytes() / 1e9:.2f} GB"
+    )
+    free, whole = torch.cuda.mem_get_info()
+    print(f"the device has given out {(whole - free) / 1e9:.2f} GB, the driver's part included")
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    way = memory.choose(load, "cuda", vram=limits.get("max_vram", free), ram=limits.get("max_ram"))
+    print(
+        f"predicted for {way.name}: GPU {memory.gpu_bytes(load, way) / 1e9:.2f} GB, {memory.GPU_BASE / 1e9:.2f} "
+        f"of it the driver's; host {memory.host_bytes(load, way) / 1e9:.2f} GB"
+    )
+
+
 def measure(asked: argparse.Namespace, scratch: Path) -> None:
     variants = tuple(parse_variant(v) for v in asked.variant or ["4bit-128g"])
     rates = measured_rates()
@@ -246,20 +264,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
     )
     print("floor of a layer, ms: " + ", ".join(f"{k} {1e3 * s:.0f}" for k, s in stages.items()))
     clock.print_stages()
-    most = max(clock.most, torch.cuda.max_memory_allocated())
-    print(
-        f"peak GPU memory {most / 1e9:.2f} GB allocated, {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved; "
-        f"host {peak_ram_bytes() / 1e9:.2f} GB"
-    )
-    free, whole = torch.cuda.mem_get_info()
-    print(f"the device has given out {(whole - free) / 1e9:.2f} GB, the driver's part included")
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    way = memory.choose(load, "cuda", vram=limits.get("max_vram", free), ram=limits.get("max_ram"))
-    print(
-        f"predicted for {way.name}: GPU {memory.gpu_bytes(load, way) / 1e9:.2f} GB, {memory.GPU_BASE / 1e9:.2f} "
-        f"of it the driver's; host {memory.host_bytes(load, way) / 1e9:.2f} GB"
-    )
+    show_memory(clock, load, limits)
     for f in done:
         print(f"{f.branch}: {f.seconds:.2f} s, losses " + " ".join(f"{m.loss:.2e}" for m in f.modules[:7]))
 
