@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from quantmill.runtime.interface import PAGE, Piece, Runtime
-from quantmill.runtime.lookup import Tally, generate_ahead, read_prompt
+from quantmill.runtime.interface import Runtime
+from quantmill.runtime.lookup import Tally, generate_ahead
 from quantmill.runtime.opening import open_runtime
 from quantmill.runtime.sampling import SamplerState, sample_rows
+from quantmill.runtime.single import SingleSequence
 from quantmill.runtime.tokenizer import open_tokenizer
 from quantmill.types import SamplingParams
 
@@ -25,20 +26,19 @@ WARM = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1,
 ROUNDS = 3
 
 
-def plainly(runtime: Runtime, ids: list[int], pages: range, state: SamplerState, count: int) -> Iterator[int]:
-    logits = read_prompt(runtime, ids, pages)
-    for at in range(len(ids), len(ids) + count):
-        token = sample_rows(logits[:1], [state])[0].token
+def plainly(runtime: Runtime, ids: list[int], state: SamplerState, count: int) -> Iterator[int]:
+    sequence = SingleSequence(runtime)
+    logits = sequence.read(ids)
+    for left in range(count, 0, -1):
+        token = sample_rows(logits, [state])[0].token
         yield token
-        if at + 1 < len(ids) + count:
-            logits = runtime.forward([Piece([token], at, pages)])
+        if left > 1:
+            logits = sequence.read([token])
 
 
-def ahead(
-    runtime: Runtime, ids: list[int], pages: range, state: SamplerState, count: int, tally: Tally
-) -> Iterator[int]:
+def ahead(runtime: Runtime, ids: list[int], state: SamplerState, count: int, tally: Tally) -> Iterator[int]:
     draw = lambda row: sample_rows(row, [state])[0].token  # noqa: E731
-    return generate_ahead(runtime, ids, pages, draw, most=count, tally=tally)
+    return generate_ahead(SingleSequence(runtime), ids, draw, most=count, tally=tally)
 
 
 def timed(make: Callable[[], Iterator[int]]) -> tuple[list[int], float]:
@@ -62,7 +62,6 @@ def main() -> None:
     asked = parser.parse_args()
     runtime = open_runtime(asked.model, device=asked.device, context=2048, kv_tokens=2048)
     text = open_tokenizer(asked.model).encode(asked.text.read_text())[:300]
-    pages = range(2048 // PAGE)
     cases = {
         "does not repeat": (text, WARM),
         "repeats itself": (text * 3 + text[:40], GREEDY),
@@ -71,13 +70,9 @@ def main() -> None:
     print(runtime.facts.name)
     for name, (ids, params) in cases.items():
         count, tally = asked.tokens, Tally()
-        one, slow = timed(
-            lambda i=ids, p=params, count=count: plainly(runtime, i, pages, SamplerState(p, i), count)
-        )
+        one, slow = timed(lambda i=ids, p=params, count=count: plainly(runtime, i, SamplerState(p, i), count))
         two, fast = timed(
-            lambda i=ids, p=params, t=tally, count=count: ahead(
-                runtime, i, pages, SamplerState(p, i), count, t
-            )
+            lambda i=ids, p=params, t=tally, count=count: ahead(runtime, i, SamplerState(p, i), count, t)
         )
         print(
             f"{name:16} one by one {slow:7.1f} tok/s, ahead {fast:7.1f} tok/s, ratio {fast / slow:.2f}; "

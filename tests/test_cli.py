@@ -131,6 +131,10 @@ def test_check_eval_card_generate(
     assert status == 0
     assert answer["completion_tokens"] <= 5
     assert answer["tok_s"] > 0
+    status, out, err = call(capsys, "generate", branch, *words, "--prompt-lookup", "--json")
+    assert status == 0
+    assert json.loads(out)["text"] == answer["text"]
+    assert "guesses held" in err
     status, _, err = call(
         capsys, "generate", branch, *words, "--cpu-exact", "--context", "40", "--threads", "1"
     )

@@ -38,7 +38,7 @@ def asked(monkeypatch):
     """Answers are A1, A2, ... ; gives the list of (prompt text, parameters) of each call."""
     calls = []
 
-    def answer(sequence, tokenizer, ids, params, *, on_text):
+    def answer(sequence, tokenizer, ids, params, *, on_text, lookup):
         calls.append((tokenizer.decode(ids, skip_special=False), params))
         on_text("A")
         on_text(str(len(calls)))
@@ -137,7 +137,7 @@ def test_mistakes_are_said_and_the_loop_goes_on(tokenizer, asked, line, said, ru
 
 
 def test_interrupting_an_answer_keeps_what_was_said(tokenizer, monkeypatch, runtime):
-    def answer(sequence, tokenizer, ids, params, *, on_text):
+    def answer(sequence, tokenizer, ids, params, *, on_text, lookup):
         on_text("half an")
         raise KeyboardInterrupt
 

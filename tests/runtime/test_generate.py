@@ -52,6 +52,20 @@ def test_a_seed_repeats(runtime, tokenizer):
     assert ask(None) != ask(None)
 
 
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_guessing_from_the_text_changes_nothing(runtime, tokenizer, temperature):
+    params = SamplingParams(temperature=temperature, repetition_penalty=1.0, max_new_tokens=60, seed=4)
+    prompt = "the cat sat on the mat, the cat sat on the mat, the cat sat on"
+    plain = generate(runtime, tokenizer, prompt, params)
+    pieces = []
+    ahead = generate(runtime, tokenizer, prompt, params, on_text=pieces.append, lookup=True)
+    assert ahead.text == plain.text == "".join(pieces)
+    assert (ahead.completion_tokens, ahead.stopped) == (plain.completion_tokens, plain.stopped)
+    assert plain.guesses is None
+    assert ahead.guesses.right <= ahead.guesses.guessed
+    assert 0 < ahead.guesses.passes <= plain.completion_tokens
+
+
 def test_the_template_is_used_where_there_is_one(runtime, tokenizer):
     wanted = len(tokenizer.encode("[user] the cat\n[assistant] ", special=False))
     assert generate(runtime, tokenizer, "the cat", GREEDY).prompt_tokens == wanted

@@ -10,7 +10,9 @@ import pytest
 from quantmill.runtime.interface import Piece, RuntimeFacts
 from quantmill.runtime.lookup import Guessing, Index, Pace, Tally, generate_ahead
 from quantmill.runtime.sampling import SamplerState, sample
+from quantmill.runtime.single import SingleSequence
 from quantmill.types import SamplingParams
+from toy_runtime import ToyRuntime, told
 
 VOCAB = 12
 FACTS = RuntimeFacts("toy", VOCAB, 4, 400, None, 8, 32, 4, 1, 1, ())
@@ -56,7 +58,7 @@ def test_the_answer_is_the_same(params, memory, count):
     ids = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     toy, state, tally = Toy(memory), SamplerState(params, ids), Tally()
     draw = lambda row: sample(row[0], state).token  # noqa: E731
-    found = list(generate_ahead(toy, ids, range(8), draw, most=count, tally=tally))
+    found = list(generate_ahead(SingleSequence(toy), ids, draw, most=count, tally=tally))
     assert found == plainly(params, ids, count, memory)
     assert state.step == count
     assert toy.passes == tally.passes + 1
@@ -65,7 +67,7 @@ def test_the_answer_is_the_same(params, memory, count):
 def test_a_text_that_repeats_takes_few_passes():
     toy, state, tally = Toy(1), SamplerState(GREEDY, [3]), Tally()
     answer = list(
-        generate_ahead(toy, [3], range(8), lambda r: sample(r[0], state).token, most=200, tally=tally)
+        generate_ahead(SingleSequence(toy), [3], lambda r: sample(r[0], state).token, most=200, tally=tally)
     )
     assert len(answer) == 200
     assert tally.passes < 50
@@ -77,7 +79,12 @@ def test_guesses_that_never_hold_are_given_up_for_a_while():
     state = SamplerState(WARM, [3])
     list(
         generate_ahead(
-            toy, [3], range(8), lambda r: sample(r[0], state).token, most=300, guessing=guessing, tally=tally
+            SingleSequence(toy),
+            [3],
+            lambda r: sample(r[0], state).token,
+            most=300,
+            guessing=guessing,
+            tally=tally,
         )
     )
     assert tally.guessed < 300 * guessing.most * 0.5
@@ -96,7 +103,10 @@ def test_the_longest_and_latest_n_gram_is_looked_up():
 def test_nothing_passes_the_context():
     toy, state = Toy(1), SamplerState(GREEDY, [3])
     ids = [3] * 390
-    assert len(list(generate_ahead(toy, ids, range(8), lambda r: sample(r[0], state).token, most=10))) == 10
+    assert (
+        len(list(generate_ahead(SingleSequence(toy), ids, lambda r: sample(r[0], state).token, most=10)))
+        == 10
+    )
 
 
 def test_pauses_grow_until_a_guess_is_right():
@@ -133,3 +143,40 @@ def test_one_right_token_of_a_cut_guess_pays():
     pace.seen(1, 1)
     assert not pace.rests()
     assert pace.most == Guessing().most
+
+
+@pytest.mark.parametrize(
+    ("window", "pages", "max_tokens"), [(100, 4, 256), (128, 4, 64), (70, 3, 256), (None, 7, 256)]
+)
+def test_guesses_that_fall_leave_a_window_whole(window, pages, max_tokens):
+    """In the smallest cache that the window allows, round and round, guessing all the time."""
+    toy = ToyRuntime(pages, context=448, window=window, vocab=3, ends=(), max_tokens=max_tokens)
+    params = SamplingParams(
+        temperature=0.7, top_k=0, top_p=1.0, repetition_penalty=1.2, max_new_tokens=400, seed=2
+    )
+    ids, tally = [0, 1, 2, 1, 0, 1, 2] * 3, Tally()
+    state = SamplerState(params, ids)
+    eager = Guessing(shortest=1, patience=1000)
+    draw = lambda row: sample(row[0], state).token  # noqa: E731
+    sequence = SingleSequence(toy)
+    assert list(generate_ahead(sequence, ids, draw, most=400, guessing=eager, tally=tally)) == told(
+        toy, ids, params
+    )
+    assert 0 < tally.right < tally.guessed
+
+
+def test_an_answer_that_was_left_does_not_spoil_the_next():
+    """Guessed tokens that were read but never said are read over."""
+    toy = ToyRuntime(8, context=448, vocab=3, ends=())
+    params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=60)
+    sequence, ids = SingleSequence(toy), [0, 1, 2] * 9
+
+    def answer(asked, most):
+        state = SamplerState(params, asked)
+        ahead = generate_ahead(sequence, asked, lambda row: sample(row[0], state).token, most=400)
+        return [next(ahead) for _ in range(most)]
+
+    first = answer(ids, 11)
+    assert first == told(toy, ids, params)[:11]
+    again = [*ids, *first[:9], 2, 2]
+    assert answer(again, 20) == told(toy, again, params)[:20]

@@ -19,6 +19,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 CpuExact = Annotated[
     bool, typer.Option("--cpu-exact", help="float32 activations and cache; slower, for comparison")
 ]
+PromptLookup = Annotated[
+    bool,
+    typer.Option("--prompt-lookup", help="guess from the text so far: same answer, sooner where it repeats"),
+]
 Context = Annotated[
     int | None, typer.Option(min=1, help="positions to make room for; default: the model's, at most 32768")
 ]

@@ -20,6 +20,7 @@ from quantmill.cli.options import (
     DrawSeed,
     MaxNewTokens,
     Model,
+    PromptLookup,
     RepetitionPenalty,
     Temperature,
     TensorParallel,
@@ -49,6 +50,7 @@ def generate(
     cpu_exact: CpuExact = False,
     context: Context = None,
     tensor_parallel: TensorParallel = 1,
+    prompt_lookup: PromptLookup = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt."""
@@ -67,12 +69,24 @@ def generate(
         tensor_parallel=tensor_parallel,
     )
     began = time.perf_counter()
-    answer = run(loaded, tokenizer, prompt, params, on_text=console.stream, chat=not raw)
+    answer = run(
+        loaded, tokenizer, prompt, params, on_text=console.stream, chat=not raw, lookup=prompt_lookup
+    )
     console.stream("\n")
     speed = answer.completion_tokens / max(1e-9, time.perf_counter() - began)
-    console.note(f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {speed:.1f} tok/s")
-    counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-    console.document({"text": answer.text, **counts, "tok_s": round(speed, 2)})
+    note = f"{answer.prompt_tokens} + {answer.completion_tokens} tokens, {speed:.1f} tok/s"
+    document = {
+        "text": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "tok_s": round(speed, 2),
+        "first_token_s": round(answer.first_token_s, 4),
+    }
+    if answer.guesses is not None:
+        note += f", {answer.guesses.right} of {answer.guesses.guessed} guesses held"
+        document |= {"guessed": answer.guesses.guessed, "held": answer.guesses.right}
+    console.note(note)
+    console.document(document)
     loaded.close()
 
 
@@ -87,6 +101,7 @@ def chat(
     cpu_exact: CpuExact = False,
     context: Context = None,
     tensor_parallel: TensorParallel = 1,
+    prompt_lookup: PromptLookup = False,
     as_json: AsJson = False,
 ) -> None:
     """Talk to a model in the terminal; with --json, what was said comes as a document in the end."""
@@ -110,7 +125,7 @@ def chat(
     )
     remember_lines()
     ask = functools.partial(console.ask, "> ")
-    talk = chat_loop(loaded, tokenizer, params, ask, console.stream)
+    talk = chat_loop(loaded, tokenizer, params, ask, console.stream, lookup=prompt_lookup)
     console.document({"system": talk.system, "messages": talk.messages})
     loaded.close()
 

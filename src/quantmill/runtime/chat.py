@@ -75,6 +75,7 @@ class _Session:
     tokenizer: TextTokenizer
     params: SamplingParams
     write: Write
+    lookup: bool
     talk: Conversation = field(default_factory=Conversation)
     going: bool = True
 
@@ -85,17 +86,19 @@ def chat_loop(
     params: SamplingParams,
     read_line: ReadLine,
     write: Write,
+    *,
+    lookup: bool = False,
 ) -> Conversation:
     """Read questions, write answers as they come, until /quit or the end of the input.
 
     `read_line` gives a line without its end, None (or EOFError) at the end of the input, and may raise
     KeyboardInterrupt, which stops an answer and ends the loop between answers. A user's mistake is
     written, not raised; only a tokenizer without a chat template raises BadRequest, at once. Returns the
-    conversation.
+    conversation. `lookup`: see generate.
     """
     if not tokenizer.has_template:
         raise BadRequest("this tokenizer has no chat template: use `quantmill generate --prompt TEXT`")
-    session = _Session(SingleSequence(runtime), tokenizer, params, write)
+    session = _Session(SingleSequence(runtime), tokenizer, params, write, lookup)
     while session.going:
         said = _next_question(read_line)
         if said is None:
@@ -154,7 +157,8 @@ def _answer(session: _Session) -> None:
 
     try:
         ids = session.talk.ids(session.tokenizer)
-        generate_ids(session.sequence, session.tokenizer, ids, session.params, on_text=show)
+        sequence, tokenizer = session.sequence, session.tokenizer
+        generate_ids(sequence, tokenizer, ids, session.params, on_text=show, lookup=session.lookup)
     except KeyboardInterrupt:
         pass
     except UserError:

@@ -7,12 +7,13 @@ once are the engine's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quantmill.errors import BadRequest
-from quantmill.runtime.interface import Runtime
+from quantmill.runtime.interface import Logits, Runtime
 from quantmill.runtime.llm_text import StopText
+from quantmill.runtime.lookup import Tally, generate_ahead
 from quantmill.runtime.sampling import SamplerState, check_tokens, sample_rows
 from quantmill.runtime.single import SingleSequence
 from quantmill.runtime.tokenizer import Detokenizer, TextTokenizer
@@ -31,6 +32,7 @@ class Generation:
     seconds: float  # the prompt's time included
     stopped: bool = True  # False: cut off by max_new_tokens or the model's context
     first_token_s: float = 0.0  # of `seconds`, until the first token was known
+    guesses: Tally | None = None  # where tokens were guessed from the text
 
     @property
     def tok_s(self) -> float:
@@ -45,19 +47,22 @@ def generate(
     *,
     on_text: OnText | None = None,
     chat: bool = True,
+    lookup: bool = False,
 ) -> Generation:
     """Continue `prompt`, or answer it where `chat` and the tokenizer has a chat template.
 
     `on_text` gets the answer piece by piece as it comes, whole characters only; the pieces joined are
     `.text`. Temperature 0 is greedy; with a seed the same call gives the same text. Ends at any
     end-of-sequence token that the model's configs or the tokenizer name, and before the first of `params.stop`.
+    `lookup`: guess what comes from the text so far (lookup.py); the answer is the same, sooner where it repeats.
     Raises BadRequest for an empty prompt or one longer than the context.
     """
     if chat and tokenizer.has_template:
         ids = tokenizer.chat_ids([{"role": "user", "content": prompt}])
     else:
         ids = tokenizer.encode(prompt)
-    return generate_ids(SingleSequence(runtime), tokenizer, ids, params or SamplingParams(), on_text=on_text)
+    sequence, params = SingleSequence(runtime), params or SamplingParams()
+    return generate_ids(sequence, tokenizer, ids, params, on_text=on_text, lookup=lookup)
 
 
 def generate_ids(
@@ -67,6 +72,7 @@ def generate_ids(
     params: SamplingParams,
     *,
     on_text: OnText | None = None,
+    lookup: bool = False,
 ) -> Generation:
     """The same from token ids; what `sequence` has read of them before is not read again."""
     runtime = sequence.runtime
@@ -74,18 +80,35 @@ def generate_ids(
     check_tokens(params, runtime.facts.vocab_size)
     ends = frozenset(() if params.ignore_eos else end_tokens(runtime, tokenizer)) | {*params.stop_token_ids}
     state, text = SamplerState(params, ids), _Text(tokenizer, params.stop, on_text)
-    started = time.perf_counter()
-    logits = sequence.go_on_to(ids)
-    token = sample_rows(logits, [state])[0].token
-    count, first = 1, time.perf_counter() - started
-    stopped = token in ends or text.push(token)
-    while count < most and not stopped:
-        token = sample_rows(sequence.read([token]), [state])[0].token
+    tally = Tally() if lookup else None
+    started, first, count, stopped = time.perf_counter(), 0.0, 0, False
+    for token in _tokens(sequence, ids, state, most, tally):
+        first = first or time.perf_counter() - started
         count += 1
         stopped = token in ends or text.push(token)
+        if stopped:
+            break
     text.end()
     seconds = time.perf_counter() - started
-    return Generation("".join(text.pieces), len(ids), count, seconds, stopped, first)
+    return Generation("".join(text.pieces), len(ids), count, seconds, stopped, first, tally)
+
+
+def _tokens(
+    sequence: SingleSequence, ids: Sequence[int], state: SamplerState, most: int, tally: Tally | None
+) -> Iterator[int]:
+    """At least one token, at most `most`."""
+
+    def draw(logits: Logits) -> int:
+        return sample_rows(logits, [state])[0].token
+
+    if tally is not None:
+        yield from generate_ahead(sequence, ids, draw, most=most, tally=tally)
+        return
+    token = draw(sequence.go_on_to(ids))
+    yield token
+    for _ in range(most - 1):
+        token = draw(sequence.read([token]))
+        yield token
 
 
 def end_tokens(runtime: Runtime, tokenizer: TextTokenizer) -> tuple[int, ...]:

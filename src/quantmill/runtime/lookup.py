@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from quantmill.runtime.interface import Logits, Piece, Runtime
+from quantmill.runtime.interface import Logits
+from quantmill.runtime.single import SingleSequence
 
 Draw = Callable[[Logits], int]  # logits (1, vocab) -> the next token, noted in the sampler's state
 
@@ -107,9 +108,8 @@ class Tally:
 
 
 def generate_ahead(
-    runtime: Runtime,
+    sequence: SingleSequence,
     ids: Sequence[int],
-    pages: Sequence[int],
     draw: Draw,
     *,
     most: int,
@@ -118,23 +118,21 @@ def generate_ahead(
 ) -> Iterator[int]:
     """Yield the answer to the prompt `ids`, at most `most` tokens; stop by no longer asking.
 
-    pages: for prompt and answer, all held. draw: takes logits (1, vocab), gives the token and notes it; it is
-    called once for every token that is yielded, in order, and never for a guess that fell.
+    draw: takes logits (1, vocab), gives the token and notes it; it is called once for every token that is
+    yielded, in order, and never for a guess that fell.
     """
     guessing, tally = guessing or Guessing(), tally or Tally()
     index, pace, made = Index(ids, guessing), Pace(guessing), 0
-    logits = read_prompt(runtime, ids, pages)
-    token = draw(logits)
+    token = draw(sequence.go_on_to(ids))
     while True:
         made += 1
         index.add(token)
         yield token
         if made == most:
             return
-        guess = [] if pace.rests() else index.guess(pace.most)
-        at = len(index.ids) - 1
-        guess = guess[: min(most - made - 1, runtime.facts.context - at - 1)]
-        rows = runtime.forward([Piece([token, *guess], at, pages, every=True)])
+        room = min(most - made, sequence.at_once, sequence.runtime.facts.context - sequence.position)
+        guess = [] if pace.rests() else index.guess(pace.most)[: room - 1]
+        rows = sequence.score([token, *guess]) if guess else sequence.read([token])
         tally.passes += 1
         tally.guessed += len(guess)
         token, stood = draw(rows[:1]), 0
@@ -144,13 +142,6 @@ def generate_ahead(
             index.add(token)
             yield token
             token = draw(rows[stood : stood + 1])
+        sequence.reset(sequence.position - len(guess) + stood)
         tally.right += stood
         pace.seen(len(guess), stood)
-
-
-def read_prompt(runtime: Runtime, ids: Sequence[int], pages: Sequence[int]) -> Logits:
-    """Read a prompt in passes that the runtime takes -> logits (1, vocab) after its last token."""
-    step = runtime.facts.max_tokens
-    for begin in range(0, len(ids), step):
-        logits = runtime.forward([Piece(ids[begin : begin + step], begin, pages)])
-    return logits

@@ -21,7 +21,8 @@ class SingleSequence:
         self._read_before = 0  # the most it has ever been, by which pages have been overwritten
         self._pages = [page % facts.pages for page in range(-(-facts.context // PAGE))]
         room = facts.pages * PAGE - (facts.window or 0) - PAGE
-        self._at_once = max(1, min(facts.max_tokens, room)) if facts.window else facts.max_tokens
+        # Tokens of a pass: as many as leave a window whole, even if all but the first are taken back.
+        self.at_once = max(1, min(facts.max_tokens, room)) if facts.window else facts.max_tokens
 
     @property
     def position(self) -> int:
@@ -84,8 +85,8 @@ class SingleSequence:
         if end > facts.context:
             raise BadRequest(f"{end} tokens do not fit the context of {facts.context}: shorten the text")
         return [
-            Piece(ids[begin : begin + self._at_once], self.position + begin, self._pages, every)
-            for begin in range(0, len(ids), self._at_once)
+            Piece(ids[begin : begin + self.at_once], self.position + begin, self._pages, every)
+            for begin in range(0, len(ids), self.at_once)
         ]
 
     def _advance(self, piece: Piece) -> None:
