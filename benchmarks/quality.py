@@ -180,6 +180,8 @@ def make(
     """One variant by one maker, as a folder."""
     if maker in PEERS:
         script, arguments = PEERS[maker]
+        if group == -1:  # one group leaves nothing to be aware of, and GPTQModel refuses it: plain act order
+            arguments = tuple(a for a in arguments if a != "--gar")
         np.save(scratch / "blocks.npy", blocks.numpy())
         command = [asked.peer_python, str(ROOT / "benchmarks" / script), str(source.resolve())]
         command += [str(scratch / "blocks.npy"), "--out", str(scratch / "peer"), "--bits", str(bits)]
